@@ -1,0 +1,79 @@
+"""Channels between processes on the operating system's own primitives, and a multiprocessing context on them.
+
+The data path, which docs/architecture.md explains::
+
+    object -encode-> Message -send-> transport ==kernel== transport -recv-> Parcel -decode-> object
+           _codec    _message        _transport/                                     _codec
+
+Modules import only from those above them in this list:
+
+    errors                                          what can go wrong
+    _deadline, _message, _segment                   timeouts; messages and their descriptors; shared memory
+    _transport/                                     packets and descriptors over the kernel's sockets
+    _codec                                          objects to messages and back
+    _drainer, _outlet, _inlet, _link                one socket's two halves, shared by all handles on it
+    _fd, _endpoint, _sender, _receiver, _channel    Fd, Sender and Receiver: codec and transport meet
+    _connection, _counter, _ledger, _books,
+    _ends, _queue, _queue_travel                    pipes and queues
+    _rendezvous                                     names for processes that don't know each other
+    _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
+"""
+
+from . import _reduction  # noqa: F401  (registers our types with the stdlib's pickling)
+from ._channel import bytes_channel, channel
+from ._connection import Connection, Pipe
+from ._context import install, uninstall
+from ._fd import Fd
+from ._queue import JoinableQueue, Queue, SimpleQueue
+from ._receiver import BytesReceiver, Receiver
+from ._rendezvous import OneShotServer, connect
+from ._sender import BytesSender, Sender
+from .errors import (
+    Disconnected,
+    Empty,
+    EndpointClosed,
+    EndpointMoved,
+    Full,
+    IpcError,
+    ProtocolError,
+    ReceiverGone,
+    SerializationError,
+    ShutDown,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BytesReceiver",
+    "BytesSender",
+    "Connection",
+    "Disconnected",
+    "Empty",
+    "EndpointClosed",
+    "EndpointMoved",
+    "Fd",
+    "Full",
+    "IpcError",
+    "JoinableQueue",
+    "OneShotServer",
+    "Pipe",
+    "ProtocolError",
+    "Queue",
+    "Receiver",
+    "ReceiverGone",
+    "Sender",
+    "SerializationError",
+    "ShutDown",
+    "SimpleQueue",
+    "bytes_channel",
+    "channel",
+    "connect",
+    "install",
+    "uninstall",
+]
+
+for _name in __all__:
+    # Tracebacks, pickles and repr show the public name.
+    if isinstance(globals()[_name], type) or callable(globals()[_name]):
+        globals()[_name].__module__ = __name__
+del _name

@@ -1,0 +1,139 @@
+"""The books of a queue: its ledger, and the counters for what some of its users wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import _ledger
+from ._counter import Counter
+from ._deadline import deadline_in, remaining
+from ._ledger import Ledger
+from .errors import Full, ShutDown
+
+#: How often (seconds) somebody who waits for others looks whether one of them was killed.
+_LOOK_EVERY = 0.5
+#: More slots than anybody can wait for.
+_MANY = 1 << 20
+
+
+class Books:
+    """What the processes of one queue count together; one object a queue and process.
+
+    ``slots``: puts that a bounded queue still takes. ``tasks``: taken or not, and not yet done.
+    ``idle``: raised when ``tasks`` falls to zero.
+    """
+
+    __slots__ = ("__weakref__", "idle", "ledger", "maxsize", "slots", "tasks")
+
+    def __init__(self, maxsize: int, ledger_fd: int, counters: list[Counter]) -> None:
+        self.maxsize = maxsize
+        rest = iter(counters)
+        self.slots = next(rest) if maxsize > 0 else None
+        self.tasks = next(rest, None)
+        self.idle = next(rest, None)
+        self.ledger = Ledger(ledger_fd, self._settle)
+
+    @classmethod
+    def new(cls, maxsize: int, joinable: bool) -> Books:
+        counters = [Counter.of(maxsize)] if maxsize > 0 else []
+        if joinable:
+            counters += [Counter.of(0), Counter.flag()]
+        return cls(maxsize, _ledger.create(), counters)
+
+    def counters(self) -> list[Counter]:
+        return [one for one in (self.slots, self.tasks, self.idle) if one]
+
+    def _settle(self, undelivered: int, taking: int) -> None:
+        if self.slots:
+            self.slots.add(undelivered + taking)
+        if self.tasks:
+            self.finish(undelivered)
+
+    # -- putting -----------------------------------------------------------------------------
+
+    def begin(self, block: bool, deadline: float | None) -> None:
+        """Enter one message; in a bounded queue, wait for a slot. Raises ``Full`` or ``ShutDown``."""
+        ledger, slots = self.ledger, self.slots
+        while True:
+            # Owed before it is taken: killed in between, a slot too many comes back, not one too few.
+            ledger.begin()
+            if ledger.state:
+                ledger.cancel()
+                raise ShutDown("the queue was shut down")
+            if slots is None or slots.take():
+                break
+            ledger.cancel()
+            if not block or not self._await_slot(slots, deadline):
+                raise Full(f"the queue holds {self.maxsize} messages")
+        if self.tasks:
+            self.tasks.add(1)
+
+    def _await_slot(self, slots: Counter, deadline: float | None) -> bool:
+        while True:
+            left = remaining(deadline)
+            if slots.await_some(deadline_in(_LOOK_EVERY if left is None else min(left, _LOOK_EVERY))):
+                return True
+            if left is not None and left <= _LOOK_EVERY:
+                return False
+            self.ledger.reclaim()
+
+    def cancel(self) -> None:
+        """A message that was begun could not be sent."""
+        if self.slots:
+            self.slots.add(1)
+        if self.tasks:
+            self.finish(1)
+        self.ledger.cancel()
+
+    def shut(self, state: int) -> None:
+        """Enter that nothing more may be put, and wake everybody who waits for a slot."""
+        self.ledger.set_state(max(state, self.ledger.state))
+        if self.slots:
+            self.slots.add(_MANY)
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def taking(self) -> None:
+        """Announce that a message is about to be taken; ``took`` or ``left`` must follow.
+
+        Only a bounded queue needs it: a slot depends on what becomes of the message.
+        """
+        if self.slots:
+            self.ledger.taking(1)
+
+    def took(self) -> None:
+        """The message was taken."""
+        if self.slots:
+            self.slots.add(1)
+        self.ledger.took()
+        self.left()
+
+    def left(self) -> None:
+        """There was none to take, or it waits in this process for the next taker."""
+        if self.slots:
+            self.ledger.taking(-1)
+
+    # -- tasks -------------------------------------------------------------------------------
+
+    def finish(self, count: int) -> bool:
+        """``count`` tasks less; False where there were fewer."""
+        assert self.tasks
+        assert self.idle
+        taken = sum(self.tasks.take() for _ in range(count))
+        # Whoever takes the last one sees zero, and tells; nobody else need.
+        if self.tasks.is_zero:
+            self.idle.add(1)
+        return taken == count
+
+    def await_idle(self, glance: Callable[[], None]) -> None:
+        """Wait until there are no tasks. ``glance`` is called now and then."""
+        assert self.tasks
+        assert self.idle
+        while not self.tasks.is_zero:
+            # Lowered only by one who has seen tasks since: whoever else waits need not go now.
+            self.idle.take()
+            if self.tasks.is_zero:
+                return
+            if not self.idle.await_some(deadline_in(_LOOK_EVERY)):
+                self.ledger.reclaim()
+            glance()

@@ -1,0 +1,205 @@
+"""Objects to messages and back: pickle, with endpoints and large buffers beside the pickle.
+
+A type that travels with descriptors is registered with how to *pack* it::
+
+    pack(obj) -> (rebuild, args, handles)
+
+and is rebuilt on the other side by ``rebuild(*args, kinds, descriptors)``, which owns the
+descriptors from its first line on, whatever it raises.
+
+Encoders are kept, because building a pickler costs more than pickling a small object; one is
+taken from a free list for the length of one ``dump`` and dropped after an exception. A pickler that
+is entered twice (an object's ``__reduce__`` may itself send something) crashes the interpreter,
+which the free list rules out. What a pickler collects belongs to it, never to the thread.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+from ._message import INLINE_SIZE, MAX_BUFFERS, PLAIN, Handle, Incoming, Message, Outgoing, Parcel
+from .errors import ProtocolError
+
+PROTOCOL = 5
+#: A buffer of at least this many bytes leaves the pickle, so that it is copied once, not thrice.
+OUT_OF_BAND = 32768
+#: An encoder that has written more than this (bytes) is dropped: clearing the memo of a pickler
+#: costs what the largest pickle it ever wrote did.
+_KEEP_BELOW = 65536
+
+Packed = tuple[Callable[..., object], tuple[Any, ...], Sequence[Handle]]
+Pack = Callable[[Any], Packed]
+
+_packs: dict[type, Pack] = {}
+_free: list[_Encoder] = []
+#: ForkingPickler's registered reducers: users (and torch) add theirs, at any time.
+_registered: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+_stdlib_table = copyreg.dispatch_table
+
+
+def register(cls: type, pack: Pack) -> None:
+    """Let objects of exactly ``cls`` travel with descriptors."""
+    _packs[cls] = pack
+    _free.clear()
+
+
+def packer(cls: type) -> Pack:
+    return _packs[cls]
+
+
+def revive(*_: object) -> object:
+    """Stands in a pickle for an object with descriptors; the decoder puts its own function in its place."""
+    raise pickle.UnpicklingError("this pickle belongs to a message that carried descriptors; they are not here")
+
+
+class _Encoder:
+    __slots__ = ("__weakref__", "_buffers", "_clear_memo", "_dump", "_handles", "_pickler", "_pieces", "_version")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._buffers: list[memoryview] = []
+        self._handles: list[Handle] = []
+        #: How many foreign reducers the table was made of; none are ever taken away.
+        self._version = -1
+        self._pickler = pickle.Pickler(_Sink(self._pieces), PROTOCOL, buffer_callback=self._keep_buffer)
+        self._dump, self._clear_memo = self._pickler.dump, self._pickler.clear_memo
+
+    def _keep_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Whether the pickler is to write ``buffer`` into the pickle, as it would without us."""
+        try:
+            view = buffer.raw()
+        except BufferError:
+            return True
+        if view.nbytes < OUT_OF_BAND or len(self._buffers) >= MAX_BUFFERS:
+            return True
+        self._buffers.append(view)
+        return False
+
+    def _table(self) -> dict[type, Callable[[Any], Any]]:
+        """What ForkingPickler would look types up in, and our own types.
+
+        The foreign reducers are looked up again at each use, so that one that is registered anew counts.
+        """
+        table: dict[type, Callable[[Any], Any]] = {}
+        for registry in (_stdlib_table, _registered):
+            for cls in list(registry):
+                table[cls] = partial(_reduce_foreign, registry, cls)
+        for cls, pack in _packs.items():
+            table[cls] = partial(self._reduce, pack)
+        return table
+
+    def _reduce(self, pack: Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
+        rebuild, args, handles = pack(obj)
+        first = len(self._handles)
+        self._handles += handles
+        return revive, (rebuild, args, first, len(handles))
+
+    def encode(self, obj: object) -> Outgoing:
+        if len(_stdlib_table) + len(_registered) != self._version:
+            self._pickler.dispatch_table = self._table()
+            self._version = len(_stdlib_table) + len(_registered)
+        try:
+            self._dump(obj)
+        except BaseException:
+            Message((), (), self._handles).unsent()
+            raise
+        self._clear_memo()
+        pieces = self._pieces
+        if len(pieces) == 1 and not self._buffers and not self._handles and len(pieces[0]) <= INLINE_SIZE:
+            frame = PLAIN + pieces.pop()
+            _free.append(self)
+            return frame
+        message = Message(pieces[:], self._buffers[:], self._handles[:])
+        if sum(map(len, pieces)) <= _KEEP_BELOW:
+            pieces.clear()
+            self._buffers.clear()
+            self._handles.clear()
+            _free.append(self)
+        return message
+
+
+def _reduce_foreign(registry: dict[type, Callable[[Any], Any]], cls: type, obj: object) -> Any:
+    return registry[cls](obj)
+
+
+class _Sink:
+    """What a pickler writes to: it looks only for ``write``, which here is ``list.append`` itself."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.write = pieces.append
+
+
+def encode(obj: object) -> Outgoing:
+    """The message for ``obj``. Raises whatever pickling it raises; endpoints in it are as before then."""
+    try:
+        encoder = _free.pop()
+    except IndexError:
+        encoder = _Encoder()
+    return encoder.encode(obj)
+
+
+def decode(incoming: Incoming) -> Any:
+    """The object in a received message. Raises whatever unpickling it raises; it leaves no descriptor open."""
+    if type(incoming) is bytes:
+        return pickle.loads(incoming)
+    assert isinstance(incoming, Parcel)
+    try:
+        if not incoming.kinds:
+            return pickle.loads(incoming.body, buffers=incoming.buffers)
+        return _Decoder(incoming).load()
+    finally:
+        incoming.close()
+
+
+class _Decoder(pickle.Unpickler):
+    def __init__(self, parcel: Parcel) -> None:
+        super().__init__(io.BytesIO(parcel.body), buffers=parcel.buffers)
+        self._parcel = parcel
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "revive" and module == __name__:
+            return self._revive
+        return super().find_class(module, name)
+
+    def _revive(self, rebuild: Callable[..., object], args: tuple[Any, ...], first: int, count: int) -> object:
+        if _rebuilds.get(rebuild) is None:
+            raise ProtocolError(f"{rebuild!r} does not rebuild anything that travels with descriptors")
+        kinds, fds = self._parcel.take(first, count)
+        return rebuild(*args, kinds, fds)
+
+
+def refuse_bare_pickle(obj: object) -> Any:
+    """What ``__reduce__`` of everything with descriptors does outside of a message."""
+    raise TypeError(
+        f"{type(obj).__name__} objects can't be pickled by themselves, they carry an open descriptor: send them "
+        f"through a channel, queue or pipe, or pass them as arguments when a process is started"
+    )
+
+
+_rebuilds: dict[Callable[..., object], bool] = {}
+
+
+def rebuilds(function: Callable[..., object]) -> Callable[..., object]:
+    """Mark ``function`` as one that a message may hand descriptors to."""
+    _rebuilds[function] = True
+    return function
+
+
+def expect(wanted: Sequence[int], kinds: bytes, fds: list[int]) -> list[int]:
+    """``fds``, if they are of the kinds that are wanted; else they are closed and ``ProtocolError`` is raised."""
+    if list(kinds) != list(wanted):
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(f"an object was sent with descriptors of kinds {list(kinds)}, it takes {list(wanted)}")
+    return fds
+
+
+# An encoder in the list may be half-way out of it when another thread forks.
+os.register_at_fork(after_in_child=_free.clear)

@@ -1,0 +1,159 @@
+"""Pipe and its connections: the stdlib's surface over one packet a message.
+
+A connection is a link and says what it may do with it. Unlike a Sender it blocks when the peer
+doesn't read: programs rely on that. But it must take as much before it does as the stdlib's, whose
+one-way pipe holds thousands of small messages where a socket holds hundreds; the difference waits
+in the backlog.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from multiprocessing import connection as stdlib
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import _codec
+from ._deadline import deadline_in
+from ._inlet import EndOfStream, ShutMark
+from ._link import Link, LinkHandle
+from ._message import PLAIN_SIZE, HandleKind, Incoming, Outgoing, Parcel
+from ._receiver import view_bytes
+from ._sender import encode_bytes
+from ._transport.unix import PIPE_BUFFER
+from .errors import ProtocolError
+
+#: Bytes that may wait in the backlog before ``send`` blocks: what an ``os.pipe`` holds.
+BACKLOG_LIMIT = 65536
+
+
+class Connection(stdlib.Connection):
+    """One end of ``Pipe()``. Behaves as ``multiprocessing.connection.Connection``, which documents its methods.
+
+    Sent in a message, or passed to a process, it is copied.
+    """
+
+    if TYPE_CHECKING:
+        # Of the base class; the stubs leave them out.
+        _handle: int | None
+        _readable: bool
+        _writable: bool
+
+        def _check_closed(self) -> None: ...
+        def _check_readable(self) -> None: ...
+        def _check_writable(self) -> None: ...
+        def _bad_message_length(self) -> NoReturn: ...
+
+    def __init__(self, link: Link, readable: bool = True, writable: bool = True) -> None:
+        # The base class keeps the number for its checks; the link owns the descriptor.
+        super().__init__(link.fileno(), readable, writable)
+        self._link = link
+
+    def _close(self) -> None:
+        self._link.release()
+
+    def __reduce__(self) -> Any:
+        self._check_closed()
+        return _codec.refuse_bare_pickle(self)
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def send(self, obj: object) -> None:
+        """Send a picklable object; blocks while the peer doesn't read and the pipe is full."""
+        if self._handle is None or not self._writable:
+            self._check_closed()
+            self._check_writable()
+        self._send(_codec.encode(obj))
+
+    def _send_bytes(self, buf: memoryview) -> None:
+        self._send(encode_bytes(buf))
+
+    def _send(self, item: Outgoing) -> None:
+        try:
+            self._link.outlet.send_within(item, BACKLOG_LIMIT)
+        except ConnectionResetError as error:
+            # A peer that closed with messages unread; to the caller that is no different.
+            raise BrokenPipeError(error.errno, "the other end is closed") from error
+
+    # -- receiving -------------------------------------------------------------------------
+
+    def recv(self) -> Any:
+        """Receive an object; ``EOFError`` when the other end is closed and everything was received."""
+        if self._handle is None or not self._readable:
+            self._check_closed()
+            self._check_readable()
+        incoming: Incoming | None = None
+        try:
+            incoming = self._take()
+            obj = pickle.loads(incoming) if isinstance(incoming, bytes) else _codec.decode(incoming)
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C: the message was not delivered, so the next call gets it.
+            if isinstance(incoming, bytes):
+                self._link.inlet.put_back(incoming)
+            raise
+        return obj
+
+    def _take(self) -> Incoming:
+        inlet = self._link.inlet
+        while True:
+            try:
+                taken = inlet.take(True)
+            except BlockingIOError:
+                inlet.await_readable(None)
+                continue
+            except EndOfStream:
+                raise EOFError from None
+            if isinstance(taken, (bytes, Parcel)):
+                return taken
+            if isinstance(taken, ShutMark):
+                raise ProtocolError("a packet for queues came through a pipe")
+            inlet.put_back(taken)
+
+    def recv_bytes(self, maxlength: int | None = None) -> bytes:
+        """Receive the bytes of a message; ``OSError`` where there are more than ``maxlength``."""
+        self._check_closed()
+        self._check_readable()
+        if maxlength is not None and maxlength < 0:
+            raise ValueError("negative maxlength")
+        incoming = self._take()
+        view = view_bytes(incoming)
+        if maxlength is not None and len(view) > maxlength:
+            self._bad_message_length()
+        return incoming[PLAIN_SIZE:] if isinstance(incoming, bytes) else bytes(view)
+
+    def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:  # noqa: ARG002  (the base class never gives it)
+        buffer = io.BytesIO()
+        buffer.write(view_bytes(self._take()))
+        return buffer
+
+    def _poll(self, timeout: float | None) -> bool:
+        return self._link.inlet.await_readable(deadline_in(timeout))
+
+    def fileno(self) -> int:
+        """The socket; while messages of an ended process wait in user space, a descriptor that shows them."""
+        self._check_closed()
+        inlet = self._link.inlet
+        return inlet.fileno() if self._readable and inlet.holding else self._link.fileno()
+
+
+def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:
+    """Two connected ends. Where not ``duplex``, the first one only receives and the second only sends."""
+    first, second = Link.pair(PIPE_BUFFER)
+    return Connection(first, True, duplex), Connection(second, duplex, True)
+
+
+def _pack_connection(connection: Connection) -> _codec.Packed:
+    connection._check_closed()
+    handle = LinkHandle(HandleKind.CONNECTION, connection._link)
+    return _rebuild_connection, (connection.readable, connection.writable), [handle]
+
+
+@_codec.rebuilds
+def _rebuild_connection(readable: bool, writable: bool, kinds: bytes, fds: list[int]) -> Connection:
+    (fd,) = _codec.expect((HandleKind.CONNECTION,), kinds, fds)
+    return Connection(Link.adopt(fd), readable, writable)
+
+
+_codec.register(Connection, _pack_connection)

@@ -1,0 +1,155 @@
+"""The contexts, and how multiprocessing finds them.
+
+``import mp_ipcchan`` registers "ipcchan", "ipcchan_fork", "ipcchan_spawn" and "ipcchan_forkserver".
+``install()`` goes further: the stock names stand for our contexts too, so that programs, and children
+that are told "spawn", get ours without knowing.
+
+The stdlib's module-level factories (``multiprocessing.Queue``) make the stdlib's objects whatever
+context is the default. While this package is imported they ask the default context instead, which for
+a stock one changes nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing import context as stdlib
+from multiprocessing import spawn
+from typing import Any
+
+from . import _connection, _queue
+from ._process import ForkProcess, ForkServerProcess, SpawnProcess
+
+#: The factories that differ between contexts; all others of the stdlib take the context as an argument.
+FACTORIES = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe", "Pool")
+
+
+class _Factories:
+    """What our contexts make themselves."""
+
+    def Queue(self, maxsize: int = 0) -> _queue.Queue[Any]:
+        """A queue; see ``mp_ipcchan.Queue``."""
+        return _queue.Queue(maxsize)
+
+    def JoinableQueue(self, maxsize: int = 0) -> _queue.JoinableQueue[Any]:
+        """A queue that counts tasks."""
+        return _queue.JoinableQueue(maxsize)
+
+    def SimpleQueue(self) -> _queue.SimpleQueue[Any]:
+        """A queue without bound and counts."""
+        return _queue.SimpleQueue()
+
+    def Pipe(self, duplex: bool = True) -> tuple[_connection.Connection, _connection.Connection]:
+        """Two connected ends."""
+        return _connection.Pipe(duplex)
+
+
+# The names of the classes begin as the stdlib's do: its tests, and others, look at that.
+
+
+class ForkContext(_Factories, stdlib.ForkContext):  # type: ignore[misc]
+    Process = ForkProcess
+
+
+class SpawnContext(_Factories, stdlib.SpawnContext):  # type: ignore[misc]
+    Process = SpawnProcess
+
+
+class ForkServerContext(_Factories, stdlib.ForkServerContext):  # type: ignore[misc]
+    Process = ForkServerProcess
+
+
+_registry: dict[str, stdlib.BaseContext] = stdlib._concrete_contexts  # type: ignore[attr-defined]
+_default: stdlib.DefaultContext = stdlib._default_context
+_stock = {name: _registry[name] for name in ("fork", "spawn", "forkserver")}
+_ours: dict[str, stdlib.BaseContext] = {
+    "fork": ForkContext(),
+    "spawn": SpawnContext(),
+    "forkserver": ForkServerContext(),
+}
+#: What was the default before ``install``; meaningless while not installed.
+_before: stdlib.BaseContext | None = None
+
+
+def _register() -> None:
+    for name, ours in _ours.items():
+        _registry[f"ipcchan_{name}"] = ours
+    _registry["ipcchan"] = _ours[_default._default_context._name]  # type: ignore[attr-defined]
+    for factory in FACTORIES:
+        setattr(stdlib.DefaultContext, factory, _asking(factory))
+        setattr(multiprocessing, factory, getattr(_default, factory))
+    spawn.get_preparation_data = _preparation_data
+
+
+def _asking(factory: str) -> Any:
+    original = getattr(stdlib.BaseContext, factory)
+
+    def make(self: stdlib.DefaultContext, *args: Any, **options: Any) -> Any:
+        return getattr(self.get_context(), factory)(*args, **options)
+
+    make.__name__, make.__qualname__, make.__doc__ = factory, original.__qualname__, original.__doc__
+    return make
+
+
+def installed() -> bool:
+    """Whether ``install`` is in force in this process."""
+    return _registry["fork"] is _ours["fork"]
+
+
+def install(method: str = "ipcchan") -> None:
+    """Make ``multiprocessing`` ours, in this process and the children it starts, until ``uninstall()``.
+
+    ``multiprocessing.Queue``, ``Pipe``, ``Process`` and the rest, and the start methods "fork", "spawn"
+    and "forkserver", are ours then; ``method`` ("ipcchan", "ipcchan_fork", ...) becomes the default.
+    Objects, and names, that a module took from ``multiprocessing`` before ``mp_ipcchan`` was imported stay what
+    they are. Raises ``ValueError`` for a method that there isn't.
+    """
+    global _before
+    context = _registry.get(method)
+    if context is None:
+        raise ValueError(f"cannot find context for {method!r}; there are {', '.join(sorted(_registry))}")
+    if not installed():
+        _before = _default._actual_context  # type: ignore[attr-defined]
+        _registry.update(_ours)
+    name = context.get_start_method()
+    _default._actual_context = _ours[name]  # type: ignore[attr-defined]
+
+
+def uninstall() -> None:
+    """Undo ``install``: stock names mean stock contexts again, and the default is what it was before."""
+    if installed():
+        _registry.update(_stock)
+        _default._actual_context = _before  # type: ignore[attr-defined]
+
+
+# -- spawned children ------------------------------------------------------------------------
+
+_stock_preparation_data = spawn.get_preparation_data
+
+
+class _Import:
+    """Unpickled in a child before anything else of it: makes our contexts known there.
+
+    The child sets its start method before it could import anything of ours, so the name would mean
+    nothing to it. This refers to builtins only, and puts the parent's path in place first.
+    """
+
+    def __init__(self, sys_path: list[str], method: str | None) -> None:
+        install = f"; mp_ipcchan.install({method!r})" if method else ""
+        self._source = f"import sys; sys.path[:] = {sys_path!r}; import mp_ipcchan{install}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (self._source, {})
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = _stock_preparation_data(name)
+    default = _default._actual_context  # type: ignore[attr-defined]
+    method = next((f"ipcchan_{way}" for way, ours in _ours.items() if ours is default), None)
+    if installed():
+        return {"mp_ipcchan": _Import(data["sys_path"], method or "ipcchan"), **data}
+    if method:
+        return {"mp_ipcchan": _Import(data["sys_path"], None), **data, "start_method": method}
+    return data
+
+
+_register()

@@ -1,0 +1,35 @@
+"""Timeouts: a number of seconds becomes one monotonic deadline that covers the whole call.
+
+``None`` stands for "no deadline" on both sides; what is negative counts as zero.
+"""
+
+from __future__ import annotations
+
+import select
+from time import monotonic
+
+#: The longest single wait of ``poll``, in milliseconds: it takes a C int. Longer waits are several.
+_LONGEST = 2**31 - 1
+
+
+def deadline_in(timeout: float | None) -> float | None:
+    """The monotonic time (seconds) at which ``timeout`` seconds from now are over."""
+    return None if timeout is None else monotonic() + timeout
+
+
+def remaining(deadline: float | None) -> float | None:
+    """The seconds left until ``deadline``, zero once it has passed."""
+    return None if deadline is None else max(0.0, deadline - monotonic())
+
+
+def wait_for(fd: int, events: int, deadline: float | None) -> bool:
+    """Wait until ``poll`` reports ``fd`` for ``events`` (or an error on it); False at the deadline."""
+    poller = select.poll()
+    poller.register(fd, events)
+    while True:
+        left = remaining(deadline)
+        ready = poller.poll(None if left is None else min(left * 1000, _LONGEST))
+        if ready:
+            return True
+        if left is not None and left * 1000 <= _LONGEST:
+            return False

@@ -1,0 +1,68 @@
+"""Endpoints: what a Sender and a Receiver have in common, a handle on a link."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from typing_extensions import Self
+
+from . import _codec
+from ._link import Link
+from .errors import EndpointClosed, EndpointMoved
+
+#: Every open sender and receiver of this process, for a forked child to close those it wasn't given.
+endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+
+
+class Endpoint:
+    """One handle on a link: closed by itself, and with it its use of the link."""
+
+    __slots__ = ("__weakref__", "_link", "_moved")
+
+    def __init__(self, link: Link) -> None:
+        self._link: Link | None = link
+        self._moved = False
+        endpoints.add(self)
+
+    def _open_link(self) -> Link:
+        link = self._link
+        if link is None:
+            if self._moved:
+                raise EndpointMoved(f"this {type(self).__name__} was sent away: whoever received it owns it now")
+            raise EndpointClosed(f"this {type(self).__name__} is closed")
+        return link
+
+    def close(self) -> None:
+        """Give this handle up. Closing twice, or after a move, does nothing."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this handle can't be used any more: closed, or moved away."""
+        return self._link is None
+
+    def fileno(self) -> int:
+        """The descriptor to ``poll``; it stays ours. Raises ``EndpointClosed`` or ``EndpointMoved``."""
+        return self._open_link().fileno()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_link", None) is not None:
+            self.close()
+
+    def __repr__(self) -> str:
+        link = self._link
+        state = f"fd={link.fileno()}" if link is not None else "moved" if self._moved else "closed"
+        return f"<mp_ipcchan.{type(self).__name__} {state}>"
+
+    def __reduce__(self) -> Any:
+        self._open_link()
+        return _codec.refuse_bare_pickle(self)

@@ -1,0 +1,188 @@
+"""The ledger of a queue: who has put and taken how much, in memory that all its processes share.
+
+There is no lock in it. Every process has a cell of its own, the only one it writes to; sums over the
+cells give the queue's counts. Which cells are in use the kernel knows: a process holds a record lock
+on the byte of the same number in the ledger's file, through an open file description that nobody
+else has, so the lock ends with the process, however it ends.
+
+A cell says what its process owes: messages begun and not yet delivered to the kernel, and a message
+that it is taking at this instant. When a process is killed, whoever notices first takes over the
+lock of its cell and settles what it owed (``reclaim``). Being killed while settling, or between
+a deed and its entry, gives a slot back twice: a bound is loosened by one, never lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Callable
+
+from . import _segment
+
+#: Cells in a ledger, hence processes that may use one queue at a time. Cell 0 is the head.
+CELLS = 1024
+#: Words of eight bytes in a cell: a cache line, so that processes don't slow each other down.
+_WORDS = 8
+SIZE = CELLS * _WORDS * 8
+
+_BEGUN, _DELIVERED, _TAKEN, _TAKING = range(4)
+_STATE = 0
+#: struct flock, as F_OFD_SETLK takes it on 64-bit Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+
+OPEN, SHUT, DISCARDED = range(3)
+
+
+def create() -> int:
+    """The descriptor of a new, empty ledger; the caller owns it."""
+    return _segment.create_blank(SIZE)
+
+
+_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+class Ledger:
+    """One process's view of a queue's ledger. Owns its descriptor."""
+
+    __slots__ = ("__weakref__", "_base", "_fd", "_lock_fd", "_settle", "_words", "lock")
+
+    def __init__(self, fd: int, settle: Callable[[int, int], None]) -> None:
+        self._fd = fd
+        self._lock_fd = -1
+        #: Where this process's cell begins; 0 while it has none.
+        self._base = 0
+        #: Called for a dead process: how many messages it had begun and not delivered, and was taking.
+        self._settle = settle
+        #: Held while this process's cell changes. Reentrant: a signal's handler may use the queue.
+        self.lock = threading.RLock()
+        self._words = _segment.map_whole(fd, SIZE).cast("Q")
+        _ledgers.add(self)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    # -- this process's cell -----------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Enter a message that is about to be put."""
+        with self.lock:
+            self._words[(self._base or self._claim()) + _BEGUN] += 1
+
+    def deliver(self, count: int = 1) -> None:
+        """The kernel has ``count`` messages that were begun."""
+        with self.lock:
+            self._words[(self._base or self._claim()) + _DELIVERED] += count
+
+    def cancel(self) -> None:
+        """A message that was begun is not put after all."""
+        with self.lock:
+            self._words[self._base + _BEGUN] -= 1
+
+    def taking(self, count: int) -> None:
+        """This process is about to take a message (1), or has entered what became of it (-1)."""
+        with self.lock:
+            self._words[(self._base or self._claim()) + _TAKING] += count
+
+    def took(self) -> None:
+        """Enter a message that was taken out of the queue."""
+        with self.lock:
+            self._words[(self._base or self._claim()) + _TAKEN] += 1
+
+    def _claim(self) -> int:
+        """Find a cell that no living process holds, settle what its last owner owed, and make it ours."""
+        if self._lock_fd < 0:
+            # Another open file description: the lock must be this process's alone.
+            self._lock_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        for cell in range(1, CELLS):
+            if self._lock_cell(cell):
+                self._settle_cell(cell)
+                self._base = cell * _WORDS
+                return self._base
+        raise OSError(f"{CELLS - 1} processes use this queue already, which is as many as can")
+
+    def _lock_cell(self, cell: int, kind: int = fcntl.F_WRLCK) -> bool:
+        try:
+            fcntl.fcntl(self._lock_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, cell, 1, 0))
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    # -- all cells ---------------------------------------------------------------------------
+
+    def reclaim(self) -> None:
+        """Settle what processes owed that are dead."""
+        with self.lock:
+            own = (self._base or self._claim()) // _WORDS
+            for cell in range(1, CELLS):
+                if cell != own and self._owes(cell) and self._lock_cell(cell):
+                    self._settle_cell(cell)
+                    self._lock_cell(cell, fcntl.F_UNLCK)
+
+    def _owes(self, cell: int) -> bool:
+        base = cell * _WORDS
+        return self._words[base + _BEGUN] != self._words[base + _DELIVERED] or self._words[base + _TAKING] != 0
+
+    def _settle_cell(self, cell: int) -> None:
+        words, base = self._words, cell * _WORDS
+        undelivered = words[base + _BEGUN] - words[base + _DELIVERED]
+        taking = words[base + _TAKING]
+        if undelivered or taking:
+            self._settle(undelivered, taking)
+            words[base + _BEGUN] = words[base + _DELIVERED]
+            words[base + _TAKEN] += taking
+            words[base + _TAKING] = 0
+
+    def count(self) -> int:
+        """Messages in the queue: put by anybody, and taken by nobody yet. Exact while nobody is at it."""
+        return max(0, sum(self._column(_BEGUN)) - sum(self._column(_TAKEN)))
+
+    def undelivered(self) -> int:
+        """Messages that wait in the backlogs of living processes."""
+        self.reclaim()
+        return sum(self._column(_BEGUN)) - sum(self._column(_DELIVERED))
+
+    def _column(self, word: int) -> memoryview:
+        return self._words[_WORDS + word :: _WORDS]
+
+    @property
+    def state(self) -> int:
+        """``OPEN``, ``SHUT`` or ``DISCARDED``."""
+        return self._words[_STATE]
+
+    def set_state(self, state: int) -> None:
+        self._words[_STATE] = state
+
+    # -- ends --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        self._leave()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _leave(self) -> None:
+        """Give the cell up; its counts stay in the sums, and its next owner counts on."""
+        lock_fd, self._lock_fd = self._lock_fd, -1
+        self._base = 0
+        if lock_fd >= 0:
+            os.close(lock_fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def reset_after_fork(self) -> None:
+        """The cell is the parent's, and our copy of its lock would outlive it."""
+        self.lock = threading.RLock()
+        self._leave()
+
+
+def _reset_after_fork() -> None:
+    for ledger in list(_ledgers):
+        ledger.reset_after_fork()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,0 +1,118 @@
+"""Links: the one descriptor that all handles of this process on the same end of a channel share.
+
+A link is found again by its socket's inode. So a sender that arrives ten thousand times costs one
+descriptor, and the backlog of a channel is one per process, in order, whichever handle sends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import weakref
+
+from ._inlet import Inlet
+from ._message import HandleKind
+from ._outlet import Outlet
+from ._transport import unix
+
+#: Reentrant: a finaliser may release a link while this thread registers another.
+_lock = threading.RLock()
+_links: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
+
+
+class Link:
+    """Owns a socket; counts the handles that use it and closes it with the last one."""
+
+    __slots__ = ("__weakref__", "_inode", "_uses", "inlet", "outlet", "sock")
+
+    def __init__(self, sock: socket.socket, inode: int) -> None:
+        self.sock = sock
+        self._inode = inode
+        self._uses = 1
+        self.inlet = Inlet(sock)
+        self.outlet = Outlet(sock, self._emptied)
+        _links[inode] = self
+
+    @classmethod
+    def pair(cls, send_buffer: int) -> tuple[Link, Link]:
+        """The two ends of a new socket pair, each used once."""
+        first, second = unix.make_pair(send_buffer)
+        return cls.of(first), cls.of(second)
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Link:
+        """The link for ``sock``, used once more; ``sock`` is taken over, or closed if there is one already."""
+        inode = os.fstat(sock.fileno()).st_ino
+        with _lock:
+            link = _links.get(inode)
+            if link is not None and link._uses:
+                link._uses += 1
+                sock.close()
+                return link
+            return cls(sock, inode)
+
+    @classmethod
+    def adopt(cls, fd: int) -> Link:
+        """As ``of``, for a descriptor that was received. ``ProtocolError`` where it is no socket of ours."""
+        return cls.of(unix.adopt(fd))
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def retain(self) -> Link:
+        with _lock:
+            self._uses += 1
+        return self
+
+    def release(self) -> None:
+        """One handle less. With the last one, what still waits to be sent is sent, then the socket closes."""
+        with _lock:
+            self._uses -= 1
+            if self._uses or self.outlet.backlog:
+                return
+        self._close()
+
+    def _emptied(self) -> None:
+        """The backlog has gone: the socket was only waiting for that, if nobody uses it any more."""
+        with _lock:
+            if self._uses:
+                return
+        self._close()
+
+    def _close(self) -> None:
+        if _links.get(self._inode) is self:
+            del _links[self._inode]
+        self.inlet.close()
+        self.outlet.close()
+        self.sock.close()
+
+
+class LinkHandle:
+    """A link that a message takes along by copy: ours stays open until the kernel has its own."""
+
+    __slots__ = ("_link", "kind")
+
+    def __init__(self, kind: HandleKind, link: Link) -> None:
+        self.kind = kind
+        self._link = link.retain()
+
+    def fileno(self) -> int:
+        return self._link.fileno()
+
+    def sent(self) -> None:
+        self._link.release()
+
+    unsent = sent
+
+
+def _reset_after_fork() -> None:
+    """In a forked child: locks may be held by threads that are not here, and what waits is the parent's."""
+    global _lock
+    _lock = threading.RLock()
+    for link in list(_links.values()):
+        link.inlet.reset_after_fork()
+        link.outlet.reset_after_fork()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,0 +1,141 @@
+"""Messages on their way out, parcels on their way in, and who owns the descriptors meanwhile.
+
+A plain message is no object at all: it is one ``bytes`` frame, header and pickle together (see
+``_transport._frame``). ``Message`` and ``Parcel`` exist for what carries more: descriptors, or
+bytes that don't fit a packet.
+
+Guarantees: a ``Handle`` is told exactly once how its journey ended (``sent`` or ``unsent``); a
+``Parcel`` closes every descriptor that nobody has taken from it.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+from .errors import ProtocolError
+
+#: A plain frame is this and the payload. It is itself a stretch of pickle that pushes a constant and
+#: pops it again, so a plain frame with a pickle in it is unpickled as it stands, without a slice.
+PLAIN = b"C\x04ipc10"
+PLAIN_SIZE = len(PLAIN)
+#: No packet of ours is larger (bytes); receivers make room for this much.
+PACKET_SIZE = 65536
+#: The largest payload that goes in a plain frame (bytes); above it, it goes in a segment.
+INLINE_SIZE = PACKET_SIZE - PLAIN_SIZE
+#: The most handles and the most buffers in one message: their tables must fit into the packet.
+MAX_HANDLES = 16384
+MAX_BUFFERS = 1024
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class HandleKind(enum.IntEnum):
+    """What a travelling descriptor is; it goes beside the descriptor, so nobody has to guess."""
+
+    SENDER = 1
+    RECEIVER = 2
+    CONNECTION = 3
+    FILE = 4
+    LEDGER = 5
+    EVENT = 6
+
+
+#: The same numbers as a set of bytes, to check a received table at one go.
+KNOWN_KINDS = frozenset(int(kind) for kind in HandleKind)
+
+
+class Handle(Protocol):
+    """A descriptor that a message takes along. It stays open until ``sent`` or ``unsent``."""
+
+    kind: HandleKind
+
+    def fileno(self) -> int: ...
+
+    def sent(self) -> None:
+        """The kernel has its own reference now: let go of ours."""
+
+    def unsent(self) -> None:
+        """The message will never leave: put things back as they were."""
+
+
+class Message:
+    """What one ``send`` is to deliver: the pickle in pieces, buffers beside it, descriptors."""
+
+    __slots__ = ("body", "buffers", "handles")
+
+    def __init__(self, body: Sequence[Buffer], buffers: Sequence[Buffer] = (), handles: Sequence[Handle] = ()) -> None:
+        self.body = body
+        self.buffers = buffers
+        self.handles = handles
+        if len(handles) > MAX_HANDLES:
+            self.unsent()
+            raise ValueError(f"a message carries at most {MAX_HANDLES} descriptors, not {len(handles)}: send several")
+
+    def __len__(self) -> int:
+        return sum(memoryview(piece).nbytes for piece in (*self.body, *self.buffers))
+
+    def sent(self) -> None:
+        handles, self.handles = self.handles, ()
+        for handle in handles:
+            handle.sent()
+
+    def unsent(self) -> None:
+        handles, self.handles = self.handles, ()
+        # Backwards, so that a receiver which moved last is restored first.
+        for handle in reversed(handles):
+            handle.unsent()
+
+    def own(self) -> None:
+        """Copy what still belongs to the caller of ``send``, who may change it once that returns."""
+        self.body = [piece if isinstance(piece, bytes) else bytes(piece) for piece in self.body]
+        self.buffers = [bytes(piece) for piece in self.buffers]
+
+
+class Parcel:
+    """A received message with descriptors, or with its bytes in a segment; not decoded yet.
+
+    ``buffers`` are writable, and nobody else's. The raw descriptors in it are ours to close.
+    """
+
+    __slots__ = ("_fds", "body", "buffers", "kinds")
+
+    def __init__(self, body: Buffer, buffers: Sequence[Buffer], kinds: bytes, fds: list[int]) -> None:
+        self.body = body
+        self.buffers = buffers
+        self.kinds = kinds
+        self._fds = fds
+
+    def take(self, first: int, count: int) -> tuple[bytes, list[int]]:
+        """The kinds and descriptors from ``first`` on; the caller owns them from here on."""
+        fds = self._fds[first : first + count]
+        if first < 0 or len(fds) != count or -1 in fds:
+            raise ProtocolError(
+                f"the message refers to descriptors {first} to {first + count - 1}, "
+                f"which it doesn't carry or has handed out before"
+            )
+        self._fds[first : first + count] = [-1] * count
+        return self.kinds[first : first + count], fds
+
+    def filenos(self) -> list[int]:
+        """The descriptors, which stay the parcel's."""
+        return self._fds
+
+    def close(self) -> None:
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+    def __del__(self) -> None:
+        if self._fds:
+            self.close()
+
+
+#: What a receiver holds until somebody decodes it: a plain frame, or a parcel.
+Incoming: TypeAlias = bytes | Parcel
+
+#: What a sender hands to the transport.
+Outgoing: TypeAlias = bytes | Message

@@ -1,0 +1,299 @@
+"""The sending half of a link: straight to the kernel, or behind what already waits.
+
+While nothing waits, ``send`` is one system call. Once the kernel refuses, messages are appended to
+the backlog, and a thread (``_drainer``) sends them in order; nobody waits for a reader. When the
+process ends, what is left goes out as one last packet (``_transport._spill``).
+
+Guarantees: messages of one thread arrive in the order of its calls. A message is removed from
+the backlog after it was sent, not before, or a later one could overtake it. A forked child starts
+with an empty backlog: the messages in it are the parent's to send.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from . import _drainer
+from ._deadline import remaining, wait_for
+from ._message import Message, Outgoing
+from ._transport._frame import pack
+from ._transport._spill import Spill
+from ._transport.unix import SEND_FLAGS, transmit
+
+#: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
+PACK_SIZE = 16384
+#: How long to wait (seconds) where the kernel can't tell when to try again.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+
+#: "Not now": the socket is full, or this user has too many descriptors in flight.
+_NOT_NOW = frozenset((errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS))
+#: What ``send`` tells its caller at once, but a message that was accepted must wait out.
+_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC))
+
+
+class Outlet:
+    __slots__ = (
+        "_emptied",
+        "_pause",
+        "_refusal",
+        "_retry_at",
+        "_send",
+        "_sock",
+        "_waiting",
+        "backlog",
+        "delivered",
+        "lock",
+        "packs",
+    )
+
+    def __init__(self, sock: socket.socket, emptied: Callable[[], None]) -> None:
+        self._sock = sock
+        self._send = sock.send
+        self._emptied = emptied
+        #: Messages that the kernel hasn't taken, the oldest first.
+        self.backlog: deque[Outgoing] = deque()
+        #: Bytes in the backlog.
+        self._waiting = 0
+        #: Appending tries to send again once this many bytes wait.
+        self._retry_at = PACK_SIZE
+        self._pause = _SHORTEST_PAUSE
+        #: Why the kernel refused last (errno).
+        self._refusal = 0
+        #: Whether the reader understands packed messages (a Receiver does).
+        self.packs = False
+        #: Called with the number of messages that have left the backlog, sent or dropped.
+        self.delivered: Callable[[int], None] | None = None
+        #: Held while the backlog changes. Reentrant: a signal's handler may send, too.
+        self.lock = threading.RLock()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def send(self, item: Outgoing) -> None:
+        """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then."""
+        if isinstance(item, bytes) and not self.backlog:
+            # The common case, without the calls.
+            try:
+                self._send(item, SEND_FLAGS)
+                return
+            except BlockingIOError:
+                pass
+        if not self.try_send(item):
+            self.defer(item)
+
+    def send_all(self, frames: list[bytes]) -> None:
+        """As ``send``, for several plain frames, which go in one packet where the reader unpacks it."""
+        if not self.packs or len(frames) == 1:
+            for frame in frames:
+                self.send(frame)
+        elif frames and not self.try_send(pack(frames)):
+            for frame in frames:
+                self.defer(frame)
+
+    def try_send(self, item: Outgoing) -> bool:
+        """Hand ``item`` to the kernel now; False, with nothing sent, where it can't take it now."""
+        if self.backlog:
+            return False
+        try:
+            transmit(self._sock, item)
+        except OSError as error:
+            if error.errno in _NOT_NOW and not _hopeless(error, item):
+                self._refusal = error.errno
+                return False
+            _unsent(item)
+            raise
+        except BaseException:
+            _unsent(item)
+            raise
+        if not isinstance(item, bytes):
+            item.sent()
+        return True
+
+    def send_by(self, item: Outgoing, deadline: float | None) -> bool:
+        """Send when the kernel takes it; False, with nothing sent, at the deadline (monotonic seconds)."""
+        try:
+            while not (self.drain() and self.try_send(item)):
+                if self._await_room(deadline):
+                    continue
+                # The kernel reports room late (below a quarter full): try a last time.
+                if self.drain() and self.try_send(item):
+                    return True
+                _unsent(item)
+                return False
+        except BaseException:
+            _unsent(item)
+            raise
+        return True
+
+    def send_within(self, item: Outgoing, limit: int) -> None:
+        """As ``send`` while at most ``limit`` bytes wait; beyond that, wait as long as it takes."""
+        if isinstance(item, bytes) and not self.backlog:
+            try:
+                self._send(item, SEND_FLAGS)
+                return
+            except BlockingIOError:
+                pass
+        if self.try_send(item):
+            return
+        if self._waiting + len(item) <= limit:
+            self.defer(item)
+        else:
+            self.send_by(item, None)
+
+    def _await_room(self, deadline: float | None) -> bool:
+        """Wait until trying again makes sense; False at the deadline."""
+        if self._refusal == errno.EAGAIN:
+            return wait_for(self._sock.fileno(), select.POLLOUT, deadline)
+        # No event tells when the shortage ends.
+        left = remaining(deadline)
+        time.sleep(self._pause if left is None else min(self._pause, left))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        return left is None or left > 0
+
+    # -- what waits ------------------------------------------------------------------------
+
+    def defer(self, item: Outgoing) -> None:
+        """Let ``item`` wait for its turn; it counts as sent."""
+        if isinstance(item, Message):
+            item.own()
+        with self.lock:
+            self.backlog.append(item)
+            self._waiting += len(item)
+            if len(self.backlog) == 1:
+                self._retry_at = PACK_SIZE
+                _drainer.add(self)
+            elif self._waiting >= self._retry_at:
+                # The sender lends a hand, or it would keep the interpreter to itself while the reader starves.
+                self.drain()
+                self._retry_at = self._waiting + PACK_SIZE
+
+    def drain(self) -> bool:
+        """Send what the kernel takes now; whether nothing waits any more.
+
+        Raises ``OSError`` where the receiver is gone; what waited is dropped then.
+        """
+        if not self.backlog:
+            return True
+        with self.lock:
+            while self.backlog:
+                batch, item = self._next()
+                try:
+                    transmit(self._sock, item)
+                except OSError as error:
+                    if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
+                        self._refusal = error.errno
+                        return False
+                    self._drop_all()
+                    raise
+                self._pause = _SHORTEST_PAUSE
+                for _ in range(batch):
+                    sent = self.backlog.popleft()
+                    self._waiting -= len(sent)
+                    if not isinstance(sent, bytes):
+                        sent.sent()
+                if self.delivered:
+                    self.delivered(batch)
+            self._finish()
+        return True
+
+    def _finish(self) -> None:
+        _drainer.remove(self)
+        self._emptied()
+
+    def _next(self) -> tuple[int, Outgoing]:
+        """The packet to send next, and how many messages of the backlog are in it."""
+        first = self.backlog[0]
+        if not (self.packs and isinstance(first, bytes)):
+            return 1, first
+        batch: list[bytes] = []
+        size = 0
+        for item in self.backlog:
+            if not isinstance(item, bytes) or (batch and size + len(item) > PACK_SIZE):
+                break
+            batch.append(item)
+            size += len(item)
+        return len(batch), first if len(batch) == 1 else pack(batch)
+
+    def _drop_all(self) -> None:
+        dropped = len(self.backlog)
+        while self.backlog:
+            _unsent(self.backlog.popleft())
+        self._waiting = 0
+        if self.delivered:
+            self.delivered(dropped)
+        self._finish()
+
+    def spill(self) -> None:
+        """Send all that waits as one last packet. It waits for the reader only where even that has no room."""
+        with self.lock:
+            if not self.backlog:
+                return
+            try:
+                if not self.drain():
+                    self._spill()
+            except OSError:
+                # The reader is gone, and with it everybody who could miss something.
+                if self.backlog:
+                    self._drop_all()
+
+    def _spill(self) -> None:
+        rest = Spill.of(self.backlog)
+        self.send_spill(rest)
+        rest.close()
+        count = len(self.backlog)
+        while self.backlog:
+            sent = self.backlog.popleft()
+            if not isinstance(sent, bytes):
+                sent.sent()
+        self._waiting = 0
+        if self.delivered:
+            self.delivered(count)
+        self._finish()
+
+    def send_spill(self, rest: Spill) -> None:
+        """Send ``rest`` past the socket's usual limit."""
+        while True:
+            try:
+                rest.send_last(self._sock)
+                return
+            except OSError as error:
+                if error.errno not in _NOT_NOW and error.errno not in _SHORTAGE:
+                    raise
+                self._refusal = error.errno
+            self._await_room(None)
+
+    def close(self) -> None:
+        # Breaks the cycle with the link, so that neither waits for the garbage collector.
+        self._emptied = _nothing
+
+    def reset_after_fork(self) -> None:
+        self.lock = threading.RLock()
+        while self.backlog:
+            item = self.backlog.popleft()
+            if not isinstance(item, bytes):
+                item.sent()
+        self._waiting = 0
+
+
+def _nothing() -> None: ...
+
+
+def _unsent(item: Outgoing) -> None:
+    if not isinstance(item, bytes):
+        item.unsent()
+
+
+def _hopeless(error: OSError, item: Outgoing) -> bool:
+    """Whether a message alone has more descriptors than a user may have in flight: waiting won't help."""
+    if error.errno != errno.ETOOMANYREFS or isinstance(item, bytes):
+        return False
+    return len(item.handles) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]

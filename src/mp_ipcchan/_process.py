@@ -1,0 +1,161 @@
+"""Starting processes: which endpoints a child gets, by fork, spawn or forkserver alike.
+
+Senders among a process's arguments (and in the closure of its target) are copied, receivers move;
+what a forked child inherits without being given it, it closes. So a stream ends at the same moment
+whichever way the processes were started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from multiprocessing import context, popen_fork, popen_forkserver, popen_spawn_posix
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ._channel import pack_receiver
+from ._endpoint import endpoints
+from ._message import Handle
+from ._reach import endpoints_within
+from ._receiver import ReceiverBase
+from ._transport._carrier import Carrier
+
+
+class ForkPopen(popen_fork.Popen):
+    """Fork, then close in the child what it wasn't given."""
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        # Looking through the arguments of a program that has no channels would cost it for nothing.
+        given = endpoints_within(vars(process_obj)) if len(endpoints) else []
+        moving: list[Handle] = []
+        try:
+            for endpoint in given:
+                if isinstance(endpoint, ReceiverBase) and not endpoint.closed:
+                    moving += pack_receiver(endpoint)[2]
+            self._fork(process_obj, given, moving)
+        except BaseException:
+            for handle in reversed(moving):
+                handle.unsent()
+            raise
+        for handle in moving:
+            handle.sent()
+
+    def _fork(self, process_obj: BaseProcess, given: Sequence[object], moving: list[Handle]) -> None:
+        bootstrap: Callable[..., int] = process_obj._bootstrap  # type: ignore[attr-defined]
+
+        def run(*args: Any, **options: Any) -> int:
+            # In the child: what moved arrives here.
+            for handle in reversed(moving):
+                handle.unsent()
+            kept = {id(endpoint) for endpoint in given}
+            for endpoint in list(endpoints):
+                if id(endpoint) not in kept:
+                    endpoint.close()
+            return bootstrap(*args, **options)
+
+        # The stdlib's Popen calls this in the child; the child's copy of ``run`` dies with its process.
+        process_obj._bootstrap = run  # type: ignore[attr-defined]
+        try:
+            super()._launch(process_obj)  # type: ignore[misc]
+        finally:
+            del process_obj._bootstrap  # type: ignore[attr-defined]
+
+
+class Launch:
+    """What spawn and forkserver have in common: handles on their way into the child."""
+
+    def __init__(self, process_obj: BaseProcess) -> None:
+        self._lent: list[Handle] = []
+        self._duplicates: list[int] = []
+        try:
+            super().__init__(process_obj)  # type: ignore[call-arg]
+        except BaseException:
+            for handle in reversed(self._lent):
+                handle.unsent()
+            raise
+        finally:
+            for fd in self._duplicates:
+                os.close(fd)
+            self._duplicates.clear()
+        for handle in self._lent:
+            handle.sent()
+        self._lent.clear()
+
+    def lend(self, handle: Handle) -> Any:
+        """Pass ``handle`` to the child that is being started; what to pickle in its place, with ``detach()``."""
+        self._lent.append(handle)
+        return self._pass(handle.fileno())
+
+    def _pass(self, fd: int) -> Any:
+        # A duplicate of its own: two endpoints may share a descriptor, which could be inherited only once.
+        duplicate = os.dup(fd)
+        self._duplicates.append(duplicate)
+        return self.DupFd(self.duplicate_for_child(duplicate))  # type: ignore[attr-defined]
+
+
+class SpawnPopen(Launch, popen_spawn_posix.Popen):
+    """Start a fresh interpreter."""
+
+
+class ForkServerPopen(Launch, popen_forkserver.Popen):
+    """Ask the fork server, which takes some 250 descriptors at a time; further ones go in carriers."""
+
+    #: Descriptors that go directly.
+    _DIRECT = 100
+
+    def __init__(self, process_obj: BaseProcess) -> None:
+        self._carrier: Carrier | None = None
+        self._carrier_token: Any = None
+        try:
+            super().__init__(process_obj)
+        finally:
+            if self._carrier:
+                self._carrier.close()
+                self._carrier = None
+
+    def _pass(self, fd: int) -> Any:
+        if len(self._duplicates) < self._DIRECT:
+            return super()._pass(fd)
+        if self._carrier is None or not self._carrier.add(fd):
+            if self._carrier is not None:
+                self._carrier.close()
+            self._carrier = Carrier()
+            self._carrier_token = super()._pass(self._carrier.fileno())
+            self._carrier.add(fd)
+        return _CarriedFd(self._carrier_token, self._carrier.count - 1)
+
+
+class _CarriedFd:
+    """A descriptor in a carrier, as seen by the child."""
+
+    def __init__(self, carrier: Any, position: int) -> None:
+        self._carrier = carrier
+        self._position = position
+
+    def detach(self) -> int:
+        fd: int = self._carrier.detach()
+        if fd not in _unloaded:
+            _unloaded[fd] = Carrier.unload_all(fd)
+        return _unloaded[fd][self._position]
+
+
+#: Carriers that this process was started with, and what was in them.
+_unloaded: dict[int, list[int]] = {}
+
+
+class ForkProcess(context.ForkProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> ForkPopen:
+        return ForkPopen(process_obj)
+
+
+class SpawnProcess(context.SpawnProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> SpawnPopen:
+        return SpawnPopen(process_obj)
+
+
+class ForkServerProcess(context.ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> ForkServerPopen:
+        return ForkServerPopen(process_obj)

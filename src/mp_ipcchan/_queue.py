@@ -1,0 +1,365 @@
+"""The queues of a context, with the stdlib's surface: many processes put, many take, none locks.
+
+A queue is a socket pair of which every process holds both ends. One message is one packet, so the
+kernel hands each to one taker; ``put`` never waits for a taker (see ``_outlet``). Only the counts need
+more: a ledger (see ``_ledger``), and two kinds of counters that are descriptors and so can travel:
+the free slots of a bounded queue, and the unfinished tasks of a joinable one.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from multiprocessing import queues as stdlib
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from typing_extensions import Self
+
+from . import _codec
+from ._books import Books
+from ._deadline import deadline_in, remaining
+from ._ends import Ends
+from ._inlet import ShutMark
+from ._ledger import DISCARDED, SHUT
+from ._message import Incoming, Message, Outgoing, Parcel
+from ._transport.unix import send_shut
+from .errors import Empty, ShutDown
+
+T = TypeVar("T")
+
+#: How often (seconds) a taker looks for the last messages of a queue that was shut down.
+_GLANCE_EVERY = 0.02
+
+if TYPE_CHECKING:
+
+    class _StdlibQueue:
+        """The type checker's view of the base classes: only their names matter, for ``isinstance``."""
+
+    _StdlibSimpleQueue = _StdlibQueue
+else:
+    _StdlibQueue = stdlib.Queue
+    _StdlibSimpleQueue = stdlib.SimpleQueue
+
+
+#: By the inode of the reading end: however often a queue arrives, its books exist once a process.
+known_books: weakref.WeakValueDictionary[int, Books] = weakref.WeakValueDictionary()
+
+
+class SimpleQueue(_StdlibSimpleQueue, Generic[T]):
+    """A queue without a bound and without counts. ``put`` never blocks."""
+
+    def __init__(self) -> None:
+        self._set_ends(Ends.new())
+
+    def _set_ends(self, ends: Ends) -> None:
+        self._ends = ends
+        # The stdlib's pools and executors reach for these.
+        self._reader, self._writer = ends.reader, ends.writer
+
+    def put(self, obj: T) -> None:
+        """Put ``obj``; raises in the caller what pickling it raises."""
+        self._writer._check_closed()
+        self._writer._link.outlet.send(_codec.encode(obj))
+
+    def get(self) -> T:
+        """Take a message; waits for one."""
+        incoming: Incoming | ShutMark | None = None
+        try:
+            while not isinstance(incoming, (bytes, Parcel)):
+                try:
+                    incoming = self._ends.take(True)
+                except BlockingIOError:
+                    self._ends.await_readable(None)
+            obj: T = _codec.decode(incoming)
+        except Exception:
+            raise
+        except BaseException:
+            if isinstance(incoming, bytes):
+                self._reader._link.inlet.put_back(incoming)
+            raise
+        return obj
+
+    def empty(self) -> bool:
+        """Whether there is nothing to take now."""
+        return self._ends.is_empty
+
+    def close(self) -> None:
+        """Close both ends in this process."""
+        self._ends.close()
+
+    @property
+    def _rlock(self) -> threading.Lock:
+        # The stdlib's Pool holds it while it drains the queue; here nobody needs to be kept out.
+        return threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _codec.refuse_bare_pickle(self)
+
+    __getstate__ = __reduce__
+
+    def __repr__(self) -> str:
+        return f"<mp_ipcchan.{type(self).__name__} {'closed' if self._reader.closed else self._reader.fileno()}>"
+
+
+class Queue(_StdlibQueue, Generic[T]):
+    """A queue that behaves as ``multiprocessing.Queue``, which documents its methods.
+
+    ``put`` pickles at once, so an object that can't be pickled raises in the caller and the queue
+    goes on. It never waits for a taker, only for a slot where there is a ``maxsize``.
+    """
+
+    _joinable = False
+
+    def __init__(self, maxsize: int = 0) -> None:
+        self._assemble(Ends.new(), Books.new(maxsize, self._joinable))
+
+    @classmethod
+    def _of(cls, ends: Ends, books: Books) -> Self:
+        """A queue that was received."""
+        queue = cls.__new__(cls)
+        queue._assemble(ends, books)
+        return queue
+
+    def _assemble(self, ends: Ends, books: Books) -> None:
+        self._ends = ends
+        self._books = books
+        self._maxsize = books.maxsize
+        # Others wait for these: multiprocessing.connection.wait, and the stdlib's executors.
+        self._reader, self._writer = ends.reader, ends.writer
+        self._closed = False
+        #: Whether this process has put anything, for ``empty`` after ``close``.
+        self._used = False
+        known_books[ends.inode] = books
+        ends.writer._link.outlet.delivered = books.ledger.deliver
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"Queue {self!r} is closed")
+
+    # -- putting -----------------------------------------------------------------------------
+
+    def put(self, obj: T, block: bool = True, timeout: float | None = None) -> None:
+        """Put ``obj``. Raises what pickling raises; ``queue.Full`` where there is no slot in time (seconds)
+        or, without ``block``, now; ``ShutDown``; ``ValueError`` after ``close``.
+        """
+        self._check_open()
+        self._put(_codec.encode(obj), block, deadline_in(timeout) if block else None)
+
+    def _put(self, item: Outgoing, block: bool, deadline: float | None) -> None:
+        books, outlet = self._books, self._writer._link.outlet
+        try:
+            books.begin(block, deadline)
+        except BaseException:
+            if isinstance(item, Message):
+                item.unsent()
+            raise
+        try:
+            if outlet.try_send(item):
+                books.ledger.deliver()
+            else:
+                outlet.defer(item)
+        except BaseException:
+            books.cancel()
+            raise
+        self._used = True
+
+    def put_nowait(self, obj: T) -> None:
+        """``put(obj, False)``."""
+        self.put(obj, False)
+
+    def put_many(self, objs: Iterable[T]) -> None:
+        """Put each of ``objs``, in order; where one fails, those before it are in the queue."""
+        for obj in objs:
+            self.put(obj)
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:
+        """Take a message. Raises ``queue.Empty`` where there is none in time (seconds) or, without ``block``,
+        now; ``ShutDown``; ``ValueError`` after ``close``.
+        """
+        self._check_open()
+        return self._get(block, deadline_in(timeout) if block else None)
+
+    def get_nowait(self) -> T:
+        """``get(False)``."""
+        return self.get(False)
+
+    def get_many(self, max_items: int, timeout: float | None = None) -> list[T]:
+        """Wait for a message as ``get`` does, and return it with those that are there, 1 to ``max_items``."""
+        if max_items < 1:
+            raise ValueError(f"max_items must be at least 1, not {max_items}")
+        items = [self.get(True, timeout)]
+        try:
+            while len(items) < max_items:
+                items.append(self.get(False))
+        except Exception as error:
+            # What was taken is returned. Only a message that can't be decoded is lost here, so say that now.
+            if not isinstance(error, (Empty, ShutDown, EOFError)):
+                raise
+        return items
+
+    def _get(self, block: bool, deadline: float | None) -> T:
+        books = self._books
+        incoming: Incoming | None = None
+        try:
+            incoming = self._take(block, deadline)
+            obj: T = _codec.decode(incoming)
+        except BaseException as error:
+            if isinstance(incoming, bytes) and not isinstance(error, Exception):
+                # Ctrl-C: the message was not delivered, so the next call gets it.
+                self._reader._link.inlet.put_back(incoming)
+                books.left()
+            elif incoming is not None:
+                books.took()
+            raise
+        books.took()
+        return obj
+
+    def _take(self, block: bool, deadline: float | None) -> Incoming:
+        """A message that ``books.taking`` was told of."""
+        ends, books, ledger = self._ends, self._books, self._books.ledger
+        marked = drained = False
+        try:
+            while True:
+                state = ledger.state
+                books.taking()
+                try:
+                    # A bounded queue never waits while it owes a slot; a queue that was shut down may
+                    # have nothing to wait for.
+                    taken = ends.take(block and deadline is None and not books.slots and not state)
+                except BaseException as error:
+                    books.left()
+                    if not isinstance(error, BlockingIOError):
+                        raise
+                    if drained:
+                        raise ShutDown("the queue was shut down, and everything in it was taken") from None
+                    if state:
+                        # Nothing left in any backlog? Then what isn't there at the next look never will be.
+                        drained = not ledger.undelivered()
+                        if drained:
+                            continue
+                    if not block or not self._await_message(deadline, bool(state)):
+                        raise Empty("the queue is empty") from None
+                    continue
+                if isinstance(taken, ShutMark):
+                    marked = True
+                    books.left()
+                elif state == DISCARDED:
+                    self._discard(taken)
+                else:
+                    return taken
+        finally:
+            if marked:
+                # Others may be waiting who haven't seen it.
+                self._mark_shut()
+
+    def _await_message(self, deadline: float | None, shut: bool) -> bool:
+        left = remaining(deadline)
+        if not shut:
+            return self._ends.await_readable(deadline)
+        self._ends.await_readable(deadline_in(_GLANCE_EVERY if left is None else min(left, _GLANCE_EVERY)))
+        return left is None or left > 0
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def shutdown(self, immediate: bool = False) -> None:
+        """Refuse every further ``put``, in all processes; ``get`` goes on until the queue is empty.
+
+        Then, and at once for whoever waits in ``put``, ``ShutDown`` is raised. With ``immediate``,
+        what is in the queue is discarded, and counts as done for ``JoinableQueue.join``.
+        """
+        self._check_open()
+        self._books.shut(DISCARDED if immediate else SHUT)
+        self._mark_shut()
+        if immediate:
+            self._discard_all()
+
+    def _mark_shut(self) -> None:
+        """Wake a process that waits in ``get``; it wakes the next. On a full socket nobody waits."""
+        if not self._writer.closed:
+            try:
+                send_shut(self._writer._link.sock)
+            except OSError:
+                pass
+
+    def _discard(self, taken: Incoming) -> None:
+        if not isinstance(taken, bytes):
+            taken.close()
+        self._books.took()
+        if self._books.tasks:
+            self._books.finish(1)
+
+    def _discard_all(self) -> None:
+        while True:
+            self._books.taking()
+            try:
+                taken = self._ends.take(False)
+            except (BlockingIOError, EOFError):
+                self._books.left()
+                break
+            if isinstance(taken, ShutMark):
+                self._books.left()
+            else:
+                self._discard(taken)
+        self._mark_shut()
+
+    def close(self) -> None:
+        """This process puts and takes nothing more through this object. What it has put still arrives."""
+        self._closed = True
+        self._ends.close()
+
+    def join_thread(self) -> None:
+        """Hand what this process has put to the kernel, after ``close``. Does not wait for a taker."""
+        assert self._closed, f"Queue {self!r} not closed"
+        self._writer._link.outlet.spill()
+
+    def cancel_join_thread(self) -> None:
+        """Does nothing: the end of a process never waits for this queue, and loses nothing of it."""
+
+    # -- counts ------------------------------------------------------------------------------
+
+    def qsize(self) -> int:
+        """Messages put and not yet taken, by anybody; may have changed by the time it returns."""
+        return self._books.ledger.count()
+
+    def empty(self) -> bool:
+        """Whether there is nothing to take now. ``OSError`` once the queue was used and closed."""
+        if self._closed and not self._used:
+            return True
+        if self._books.ledger.state:
+            return not self.qsize()
+        return self._ends.is_empty
+
+    def full(self) -> bool:
+        """Whether a ``put`` would have to wait for a slot."""
+        return self._books.slots is not None and self._books.slots.is_zero
+
+    def __reduce__(self) -> Any:
+        return _codec.refuse_bare_pickle(self)
+
+    __getstate__ = __reduce__
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"fd={self._reader.fileno()}"
+        return f"<mp_ipcchan.{type(self).__name__} {state} maxsize={self._maxsize}>"
+
+
+class JoinableQueue(Queue[T]):
+    """A queue that also counts tasks: each message put is one, until ``task_done`` was called for it."""
+
+    _joinable = True
+
+    def task_done(self) -> None:
+        """One task less. ``ValueError`` where it was called more often than messages were put."""
+        if not self._books.finish(1):
+            raise ValueError("task_done() called too many times")
+
+    def join(self) -> None:
+        """Wait until every task is done."""
+        self._books.await_idle(self._glance)
+
+    def _glance(self) -> None:
+        if self._books.ledger.state == DISCARDED:
+            self._discard_all()

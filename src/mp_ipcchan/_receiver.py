@@ -1,0 +1,192 @@
+"""Receivers: messages from the kernel, and these to objects, or bytes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Generic, TypeVar, final
+
+from typing_extensions import Self
+
+from . import _codec
+from ._deadline import deadline_in, remaining
+from ._endpoint import Endpoint
+from ._inlet import EndOfStream, ShutMark, Spill
+from ._link import Link
+from ._message import PLAIN_SIZE, Incoming
+from .errors import Disconnected, Empty, ProtocolError, SerializationError
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class ReceiverBase(Endpoint, Generic[T_co]):
+    __slots__ = ()
+
+    def _decode(self, incoming: Incoming) -> T_co:
+        raise NotImplementedError
+
+    def recv(self, timeout: float | None = None) -> T_co:
+        """The next message; waits for it, at most ``timeout`` seconds.
+
+        Raises ``Disconnected`` once every sender is gone and everything they sent was received,
+        ``Empty`` when the time is over, ``SerializationError`` for a message that can't be decoded
+        (it is gone, the channel goes on), ``ProtocolError`` for a packet that is none of ours.
+        """
+        return self._receive(self._link or self._open_link(), None if timeout is None else deadline_in(timeout), True)
+
+    def try_recv(self) -> T_co:
+        """The next message, if there is one now, else ``Empty``; otherwise as ``recv``."""
+        return self._receive(self._open_link(), None, False)
+
+    def recv_many(self, max_items: int, timeout: float | None = None) -> list[T_co]:
+        """Wait for a message as ``recv`` does, and return it with those that are there, 1 to ``max_items``."""
+        if max_items < 1:
+            raise ValueError(f"max_items must be at least 1, not {max_items}")
+        link = self._open_link()
+        messages = [self._receive(link, deadline_in(timeout), True)]
+        with link.inlet.lock:
+            while len(messages) < max_items:
+                try:
+                    incoming = self._take(link, None, False)
+                except (Empty, Disconnected, OSError):
+                    # An end or a failure shows again in the next call: this one has something to return.
+                    break
+                try:
+                    messages.append(self._decode(incoming))
+                except SerializationError:
+                    if isinstance(incoming, bytes):
+                        link.inlet.put_back(incoming)
+                    break
+        return messages
+
+    def __iter__(self) -> Iterator[T_co]:
+        """Receive until every sender is gone."""
+        while True:
+            try:
+                yield self.recv()
+            except Disconnected:
+                return
+
+    def _receive(self, link: Link, deadline: float | None, wait: bool) -> T_co:
+        lock = link.inlet.lock
+        incoming: Incoming | None = None
+        try:
+            # Without further ado where nobody else is receiving, as is usual.
+            if not lock.acquire(False) and not (wait and lock.acquire(True, _lock_timeout(deadline))):
+                raise Empty("another thread is receiving, and no message came")
+            try:
+                incoming = self._take(link, deadline, wait)
+                message = self._decode(incoming)
+            finally:
+                lock.release()
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C: the message was not delivered, so the next call gets it.
+            if isinstance(incoming, bytes):
+                link.inlet.put_back(incoming)
+            raise
+        return message
+
+    def _take(self, link: Link, deadline: float | None, wait: bool) -> Incoming:
+        inlet = link.inlet
+        if self._link is not link:  # closed or moved while this thread waited for its turn
+            self._open_link()
+        while True:
+            try:
+                taken = inlet.take(wait and deadline is None)
+            except BlockingIOError:
+                if not wait or not inlet.await_readable(deadline):
+                    raise Empty("there is no message") from None
+                continue
+            except EndOfStream:
+                raise Disconnected("every sender is gone, and all messages have been received") from None
+            if isinstance(taken, Spill):
+                inlet.put_back(taken)
+            elif isinstance(taken, ShutMark):
+                raise ProtocolError("a packet for queues came through a channel")
+            else:
+                return taken
+
+    def fileno(self) -> int:
+        """A descriptor that is readable whenever there is a message, or the end of the stream."""
+        return self._open_link().inlet.fileno()
+
+    def __copy__(self) -> Self:
+        raise TypeError(f"a {type(self).__name__} can't be copied: a channel has one receiver, which moves when sent")
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
+
+    def _claim(self) -> Link:
+        """Take the link out, for a message; ``_restore`` or the link's ``release`` must follow."""
+        link = self._open_link()
+        if not link.inlet.lock.acquire(blocking=False):
+            raise ValueError(f"another thread is receiving from this {type(self).__name__}: it can't be sent now")
+        try:
+            self._link, self._moved = None, True
+        finally:
+            link.inlet.lock.release()
+        return link
+
+    def _restore(self, link: Link) -> None:
+        self._link, self._moved = link, False
+
+
+def _lock_timeout(deadline: float | None) -> float:
+    left = remaining(deadline)
+    # The longest that threading takes is some 292 years; longer is forever.
+    return -1 if left is None or left > 1e9 else left
+
+
+@final
+class Receiver(ReceiverBase[T_co]):
+    """The receiving end of a channel. Sent in a message, it moves, with all that waits in it.
+
+    One thread receives at a time; others wait for their turn.
+    """
+
+    __slots__ = ()
+
+    def _decode(self, incoming: Incoming) -> T_co:
+        try:
+            message: T_co = pickle.loads(incoming) if isinstance(incoming, bytes) else _codec.decode(incoming)
+        except Exception as error:
+            raise SerializationError(f"can't decode a message: {error}") from error
+        return message
+
+
+@final
+class BytesReceiver(ReceiverBase[bytes]):
+    """The receiving end of a channel of buffers."""
+
+    __slots__ = ()
+
+    def _decode(self, incoming: Incoming) -> bytes:
+        return incoming[PLAIN_SIZE:] if isinstance(incoming, bytes) else bytes(view_bytes(incoming))
+
+    def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
+        """Receive a message into the start of a writable ``buffer``; how many bytes it has.
+
+        Raises ``ValueError`` where the message is larger than the buffer; it is still there then.
+        """
+        link = self._open_link()
+        target = memoryview(buffer).cast("B")
+        with link.inlet.lock:
+            incoming = self._take(link, deadline_in(timeout), True)
+            source = view_bytes(incoming)
+            if len(source) > len(target):
+                link.inlet.put_back(incoming)
+                raise ValueError(f"a message of {len(source)} bytes doesn't fit a buffer of {len(target)}; still there")
+        target[: len(source)] = source
+        return len(source)
+
+
+def view_bytes(incoming: Incoming) -> memoryview:
+    """The bytes that ``encode_bytes`` was given, uncopied."""
+    if isinstance(incoming, bytes):
+        return memoryview(incoming)[PLAIN_SIZE:]
+    if incoming.kinds or incoming.buffers:
+        incoming.close()
+        raise ProtocolError("a message that carries objects beside its bytes can't be received as bytes")
+    return memoryview(incoming.body)

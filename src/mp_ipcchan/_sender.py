@@ -1,0 +1,123 @@
+"""Senders: objects, or bytes, to messages, and these to the kernel or the backlog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Generic, TypeAlias, TypeVar, final
+
+from typing_extensions import Self
+
+from . import _codec
+from ._deadline import deadline_in
+from ._endpoint import Endpoint
+from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
+from ._outlet import PACK_SIZE
+from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError
+
+T_contra = TypeVar("T_contra", contravariant=True)
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+class SenderBase(Endpoint, Generic[T_contra]):
+    __slots__ = ()
+
+    def _encode(self, obj: T_contra) -> Outgoing:
+        raise NotImplementedError
+
+    def send(self, obj: T_contra, timeout: float | None = None) -> None:
+        """Send ``obj``; without ``timeout`` this never waits for the receiver, however far behind it is.
+
+        With ``timeout`` (seconds) it waits until the kernel takes the message, and raises ``Full``
+        if that doesn't happen in time; nothing was sent then. Safe from several threads. Raises
+        ``ReceiverGone``; ``SerializationError`` (nothing was sent, the channel goes on);
+        ``EndpointMoved`` and ``EndpointClosed``, for this endpoint or one in ``obj``.
+        """
+        outlet = (self._link or self._open_link()).outlet
+        item = self._encode(obj)
+        try:
+            if timeout is None:
+                outlet.send(item)
+                return
+            sent = outlet.send_by(item, deadline_in(timeout))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ReceiverGone(error.errno, "the receiver is gone") from error
+        if not sent:
+            raise Full(f"the receiver has not made room within {timeout} seconds; nothing was sent")
+
+    def try_send(self, obj: T_contra) -> None:
+        """Send ``obj`` if the kernel takes it now, else raise ``Full``; otherwise as ``send``."""
+        outlet = self._open_link().outlet
+        item = self._encode(obj)
+        try:
+            sent = outlet.try_send(item)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ReceiverGone(error.errno, "the receiver is gone") from error
+        if not sent:
+            if isinstance(item, Message):
+                item.unsent()
+            raise Full("the kernel can't take the message now; nothing was sent")
+
+    def send_many(self, objs: Iterable[T_contra]) -> None:
+        """Send each of ``objs`` as a message of its own, in order, in as few packets as they fit.
+
+        Raises what ``send`` raises; the messages before the one that failed are sent.
+        """
+        outlet = self._open_link().outlet
+        batch: list[bytes] = []
+        size = 0
+        try:
+            try:
+                for obj in objs:
+                    item = self._encode(obj)
+                    if size + len(item) > PACK_SIZE or not isinstance(item, bytes):
+                        outlet.send_all(batch)
+                        batch, size = [], 0
+                    if isinstance(item, bytes):
+                        batch.append(item)
+                        size += len(item)
+                    else:
+                        outlet.send(item)
+            finally:
+                outlet.send_all(batch)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ReceiverGone(error.errno, "the receiver is gone") from error
+
+    def clone(self) -> Self:
+        """Another handle on the channel, to be closed by itself. Takes no descriptor."""
+        return type(self)(self._open_link().retain())
+
+    def __copy__(self) -> Self:
+        return self.clone()
+
+
+@final
+class Sender(SenderBase[T_contra]):
+    """The sending end of a channel. Sent in a message, it is copied."""
+
+    __slots__ = ()
+
+    def _encode(self, obj: T_contra) -> Outgoing:
+        try:
+            return _codec.encode(obj)
+        except (EndpointMoved, EndpointClosed):
+            raise
+        except Exception as error:
+            raise SerializationError(f"can't serialize {type(obj).__name__!r} object: {error}") from error
+
+
+@final
+class BytesSender(SenderBase[Buffer]):
+    """The sending end of a channel of buffers, which are sent as they are."""
+
+    __slots__ = ()
+
+    def _encode(self, obj: Buffer) -> Outgoing:
+        return encode_bytes(obj)
+
+
+def encode_bytes(buffer: Buffer) -> Outgoing:
+    """The message that carries the bytes of ``buffer`` (any contiguous buffer, any item size)."""
+    view = memoryview(buffer)
+    if view.nbytes <= INLINE_SIZE:
+        return PLAIN + view.tobytes()
+    return Message([view.cast("B") if view.c_contiguous else view.tobytes()])

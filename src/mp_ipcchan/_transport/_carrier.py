@@ -1,0 +1,124 @@
+"""A carrier: descriptors waiting in a socket, which is itself sent as one descriptor.
+
+The kernel takes 253 descriptors in one packet. More are queued in a socket pair first, and the
+end that they can be received from travels in their place. If nobody ever opens it, the kernel
+closes what it holds.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+
+from ..errors import ProtocolError
+
+#: The most descriptors in one packet (SCM_MAX_FD in the Linux kernel).
+MAX_IN_PACKET = 253
+
+_SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)
+_BUFFER = 1 << 22
+
+
+def load(fds: Sequence[int]) -> int:
+    """A new descriptor with ``fds`` queued inside; ``fds`` stay the caller's."""
+    inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with inner, outer:
+        inner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        for first in range(0, len(fds), MAX_IN_PACKET):
+            batch = array.array("i", fds[first : first + MAX_IN_PACKET])
+            inner.sendmsg([b"c"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, batch)], socket.MSG_DONTWAIT)
+        return outer.detach()
+
+
+def unload(fd: int, count: int) -> list[int]:
+    """Take the ``count`` descriptors out of a carrier; ``fd`` stays the caller's.
+
+    Raises ``ProtocolError`` where it holds another number, ``OSError`` where this process may not
+    open so many; nothing is left open then.
+    """
+    fds: list[int] = []
+    with socket.socket(fileno=os.dup(fd)) as carrier:
+        try:
+            while len(fds) < count:
+                data, ancillary, flags, _ = carrier.recvmsg(16, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                if flags & socket.MSG_CTRUNC or not data:
+                    fds += descriptors_in(ancillary)
+                    raise too_many() if data else ProtocolError("a carrier holds too few descriptors")
+                fds += descriptors_in(ancillary)
+            if len(fds) != count:
+                raise ProtocolError(f"a carrier holds {len(fds)} descriptors where {count} were announced")
+        except BaseException as error:
+            for got in fds:
+                os.close(got)
+            if isinstance(error, BlockingIOError):
+                raise ProtocolError("a carrier holds too few descriptors") from None
+            raise
+    return fds
+
+
+class Carrier:
+    """A carrier that is loaded bit by bit, while nobody knows yet how much there will be."""
+
+    def __init__(self) -> None:
+        self._inner, self._outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._inner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        self.count = 0
+
+    def fileno(self) -> int:
+        """The end that travels."""
+        return self._outer.fileno()
+
+    def add(self, fd: int) -> bool:
+        """Put a reference to ``fd`` in; False where the carrier is full."""
+        try:
+            socket.send_fds(self._inner, [b"c"], [fd], socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        self.count += 1
+        return True
+
+    def close(self) -> None:
+        self._inner.close()
+        self._outer.close()
+
+    @staticmethod
+    def unload_all(fd: int) -> list[int]:
+        """Everything in the carrier ``fd``, which is closed; its sender has added the last one already."""
+        fds: list[int] = []
+        with socket.socket(fileno=fd) as carrier:
+            while True:
+                try:
+                    data, ancillary, flags, _ = carrier.recvmsg(
+                        16, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                    )
+                except BlockingIOError:
+                    return fds
+                if not data:
+                    return fds
+                if flags & socket.MSG_CTRUNC:
+                    raise too_many()
+                fds += descriptors_in(ancillary)
+
+
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a packet."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()
+
+
+def too_many() -> OSError:
+    """What to raise when the kernel dropped descriptors that this process had no room for."""
+    import errno
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OSError(
+        errno.EMFILE,
+        f"a message was lost: this process may have {soft} descriptors open, too few for those it brought; "
+        f"close some, or raise the limit (ulimit -n, at most {hard})",
+    )

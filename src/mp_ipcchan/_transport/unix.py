@@ -1,0 +1,193 @@
+"""Packets over AF_UNIX SOCK_SEQPACKET sockets: the backend for Linux.
+
+Guarantees: a packet is sent whole or not at all, and received whole by one reader, so nothing
+here locks anything. No call changes the socket itself: whether it may block is said call by call,
+because O_NONBLOCK lies in the open file description, which other processes share.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from typing import TypeAlias
+
+from .. import _segment
+from .._message import PACKET_SIZE, PLAIN, Incoming, Message, Outgoing, Parcel
+from ..errors import ProtocolError
+from ._carrier import MAX_IN_PACKET, descriptors_in, load, too_many, unload
+from ._frame import (
+    CARRIER_FLAG,
+    HEADER_SIZE,
+    SEGMENT_FLAG,
+    SHUT,
+    Frame,
+    FrameKind,
+    head,
+    parse,
+    slices,
+    unpack,
+)
+from ._spill import Spill
+
+#: Asked for on a channel (bytes; the kernel doubles it): small enough that a process that ends can raise it.
+CHANNEL_BUFFER = 65536
+#: Asked for on a pipe: as much as an unprivileged process gets by default, and more than the stdlib's holds.
+PIPE_BUFFER = 212992
+
+# Plain ints: the socket module's flags are enums, whose operators cost more than a system call.
+SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+_SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)
+#: Arguments of ``recvmsg``: one set that waits as long as it takes, one that never does.
+WAITING = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC)),)
+AT_ONCE = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)),)
+#: Flags of a packet that did not arrive whole.
+CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+
+#: What ``recvmsg`` returns: data, ancillary data, flags, address.
+Packet: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, object]
+
+
+class EndOfStream(Exception):
+    """Every copy of the other end is closed, and all it sent has been received."""
+
+
+class ShutMark:
+    """Stands for the packet that tells of a queue's shutdown."""
+
+
+#: What a packet turns out to hold.
+Opened: TypeAlias = Incoming | list[bytes] | Spill | ShutMark
+
+
+def make_pair(send_buffer: int) -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets, not inheritable across exec; the caller owns both."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        prepare(end, send_buffer)
+    return ends
+
+
+def prepare(sock: socket.socket, send_buffer: int) -> None:
+    """Give a new socket our buffer size, and undo what ``socket.setdefaulttimeout`` did to it."""
+    if sock.gettimeout() is not None:
+        sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+
+
+def adopt(fd: int) -> socket.socket:
+    """A socket object that owns ``fd`` from here on. ``ProtocolError`` where ``fd`` is no socket of ours."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        os.close(fd)
+        raise ProtocolError("a descriptor that was sent as an endpoint is not a socket") from error
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
+        sock.close()
+        raise ProtocolError("a descriptor that was sent as an endpoint is a socket of another kind")
+    if sock.gettimeout() is not None:
+        sock.settimeout(None)
+    return sock
+
+
+def transmit(sock: socket.socket, item: Outgoing) -> None:
+    """Send one message as one packet, now. Raises ``BlockingIOError`` or another ``OSError``; nothing left then."""
+    if isinstance(item, bytes):
+        sock.send(item, SEND_FLAGS)
+    else:
+        _transmit_message(sock, item)
+
+
+def _transmit_message(sock: socket.socket, message: Message) -> None:
+    kinds = bytes([handle.kind for handle in message.handles])
+    sizes = [memoryview(buffer).nbytes for buffer in message.buffers]
+    body_size = sum(memoryview(piece).nbytes for piece in message.body)
+    fds: list[int] = []
+    ours: list[int] = []
+    flags = 0
+    payload: bytes = b""
+    try:
+        if HEADER_SIZE + len(kinds) + 8 * len(sizes) + body_size + sum(sizes) > PACKET_SIZE:
+            flags |= SEGMENT_FLAG
+            ours.append(_segment.create(message.body, message.buffers))
+            fds.append(ours[-1])
+        else:
+            payload = b"".join((*message.body, *message.buffers))
+        if len(fds) + len(kinds) > MAX_IN_PACKET:
+            flags |= CARRIER_FLAG
+            ours.append(load([handle.fileno() for handle in message.handles]))
+            fds.append(ours[-1])
+        else:
+            fds += [handle.fileno() for handle in message.handles]
+        frame = head(FrameKind.ENVELOPE, flags, kinds, sizes, body_size)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        sock.sendmsg([frame, payload], rights, SEND_FLAGS)
+    finally:
+        for fd in ours:
+            os.close(fd)
+
+
+def open_packet(packet: Packet) -> Opened:
+    """Turn a received packet into what it holds. Raises ``EndOfStream``, ``ProtocolError`` or ``OSError``.
+
+    Whatever is raised, no descriptor of the packet is left open.
+    """
+    data, ancillary, flags, _ = packet
+    if not ancillary and not flags & CUT and data.startswith(PLAIN):
+        return data
+    fds = descriptors_in(ancillary)
+    try:
+        if not data and not fds:
+            raise EndOfStream
+        if flags & socket.MSG_TRUNC:
+            raise ProtocolError(f"a packet is larger than {PACKET_SIZE} bytes")
+        if flags & socket.MSG_CTRUNC:
+            raise too_many()
+        if data.startswith(PLAIN):
+            raise ProtocolError("a plain packet brings descriptors")
+        return _open_frame(parse(data, len(fds)), data, fds)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _open_frame(frame: Frame, data: bytes, fds: list[int]) -> Opened:
+    """``fds`` are taken over, and removed from the list, as they find an owner."""
+    if frame.kind is FrameKind.PACK:
+        return list(unpack(frame, data))
+    if frame.kind is FrameKind.SHUT:
+        return ShutMark()
+    if frame.kind is FrameKind.SPILL:
+        position, left = frame.lengths
+        _unload_carrier(frame, fds)
+        spill = Spill(fds[0], frame.body_size, position, left, frame.kinds, fds[1:])
+        fds.clear()
+        return spill
+    if not frame.in_segment:
+        _unload_carrier(frame, fds)
+        body, *buffers = (data[where] for where in slices(frame.start, (frame.body_size, *frame.lengths)))
+        parcel = Parcel(body, [bytearray(buffer) for buffer in buffers], frame.kinds, fds[:])
+        fds.clear()
+        return parcel
+    offsets, size = _segment.layout(frame.body_size, frame.lengths)
+    view = _segment.map_whole(fds[0], size)
+    _unload_carrier(frame, fds)
+    os.close(fds.pop(0))
+    places = [view[start : start + length] for start, length in zip(offsets, frame.lengths, strict=True)]
+    parcel = Parcel(view[: frame.body_size], places, frame.kinds, fds[:])
+    fds.clear()
+    return parcel
+
+
+def _unload_carrier(frame: Frame, fds: list[int]) -> None:
+    """Put the descriptors in the carrier, which is the last of ``fds``, in its place."""
+    if frame.in_carrier:
+        inside = unload(fds[-1], len(frame.kinds))
+        os.close(fds.pop())
+        fds += inside
+
+
+def send_shut(sock: socket.socket) -> None:
+    sock.send(SHUT, SEND_FLAGS)
