@@ -36,10 +36,10 @@ from typing import BinaryIO
 from .shapes import Shape
 from .systems import System
 
-#: How many messages each pair of a producer and a consumer exchanges before a round.
-WARM_UP = 4
 #: After a round's limit (seconds), how long until what still hangs is killed by the kernel or interrupted.
 _GRACE = 5.0
+#: How much longer than wanted a round is planned, since others may slow down the run that it is planned by.
+_MARGIN = 1.4
 
 _fork = multiprocessing.get_context("fork")
 
@@ -119,11 +119,13 @@ def calibrate(system: System, shape: Shape, limit: float) -> int:
     count = shape.least
     while True:
         elapsed = measure(system, shape, count, limit).elapsed
-        if elapsed >= shape.seconds or count >= most:
+        # A run of a quarter of the length is long enough to go by; a shorter one says little, so go on in steps.
+        reliable = elapsed >= shape.seconds / 4
+        factor = _MARGIN * shape.seconds / elapsed
+        wanted = math.ceil(count * (factor if reliable else min(10.0, factor)) / share) * share
+        count, last = min(most, max(shape.least, wanted)), count
+        if reliable or count == last:
             return count
-        # Somewhat more than needed, and not all at once: the first, short run says little.
-        longer = math.ceil(count * min(10.0, 1.2 * shape.seconds / elapsed))
-        count = min(most, math.ceil(longer / share) * share)
 
 
 def measure(system: System, shape: Shape, count: int, limit: float) -> Times:
@@ -204,7 +206,7 @@ _Role = Callable[[_Gate], None]
 def _roles(system: System, shape: Shape, count: int) -> Iterator[tuple[str, _Role]]:
     """The children of a round, receivers first: they are to be up before anything is sent."""
     if shape.round_trip:
-        yield "server", partial(_serve, system, count)
+        yield "server", partial(_serve, system, shape, count)
         yield "client", partial(_ask, system, shape, count)
         return
     for index in range(shape.consumers):
@@ -215,7 +217,7 @@ def _roles(system: System, shape: Shape, count: int) -> Iterator[tuple[str, _Rol
 
 def _consume(system: System, shape: Shape, index: int, count: int, gate: _Gate) -> None:
     receive = system.receiver(index)
-    receive(shape.payload, WARM_UP * shape.producers)
+    receive(shape.payload, shape.warm_up * shape.producers)
     gate.wait()
     last = receive(shape.payload, count // shape.consumers)
     end = time.monotonic()
@@ -226,7 +228,7 @@ def _consume(system: System, shape: Shape, index: int, count: int, gate: _Gate) 
 def _produce(system: System, shape: Shape, count: int, gate: _Gate) -> None:
     send = system.sender()
     obj = shape.payload.build()
-    send(obj, WARM_UP * shape.consumers)
+    send(obj, shape.warm_up * shape.consumers)
     gate.wait()
     start = time.monotonic()
     send(obj, count // shape.producers)
@@ -237,7 +239,7 @@ def _ask(system: System, shape: Shape, count: int, gate: _Gate) -> None:
     ends = system.client()
     put, get = ends.put, ends.get
     obj = answer = shape.payload.build()
-    for _ in repeat(None, WARM_UP):
+    for _ in repeat(None, shape.warm_up):
         put(obj)
         get()
     gate.wait()
@@ -250,10 +252,10 @@ def _ask(system: System, shape: Shape, count: int, gate: _Gate) -> None:
     gate.finish(start, end)
 
 
-def _serve(system: System, count: int, gate: _Gate) -> None:
+def _serve(system: System, shape: Shape, count: int, gate: _Gate) -> None:
     ends = system.server()
     put, get = ends.put, ends.get
-    for _ in repeat(None, WARM_UP):
+    for _ in repeat(None, shape.warm_up):
         put(get())
     gate.wait()
     for _ in repeat(None, count):

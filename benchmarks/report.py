@@ -42,17 +42,19 @@ def table(shape: Shape, outcomes: Sequence[Outcome]) -> str:
     """The table of one shape, with what went wrong below it."""
     bases = baselines(shape, outcomes)
     rows = [["system", "median", "min - max", "CPU us", *(f"x {name}" for name in bases)]]
-    notes = []
     for outcome in outcomes:
         if outcome.failed or outcome.skipped:
             rows.append([outcome.system, "failed" if outcome.failed else "skipped"])
-            notes.append(f"{outcome.system} {'failed ' + outcome.failed if outcome.failed else outcome.skipped}")
             continue
         low, high = min(outcome.figures), max(outcome.figures)
         row = [outcome.system, _number(statistics.median(outcome.figures)), f"{_number(low)} - {_number(high)}"]
         row.append(_number(statistics.median(outcome.cpu)))
         row += [f"{statistics.median(ratios(shape, outcome, base)):.2f}" for base in bases.values()]
         rows.append(row)
+    notes = [f"{outcome.system} failed {outcome.failed}" for outcome in outcomes if outcome.failed]
+    for reason in dict.fromkeys(outcome.skipped for outcome in outcomes if outcome.skipped):
+        absent = ", ".join(outcome.system for outcome in outcomes if outcome.skipped == reason)
+        notes.append(f"skipped, {reason}: {absent}")
     notes += [f"x {name}: beside {base.system}" for name, base in bases.items() if base.system != name]
     better = "lower" if shape.lower_is_better else "higher"
     lines = [f"{shape.name}: {shape.title}; {shape.unit}, {better} is better", "", *_aligned(rows)]

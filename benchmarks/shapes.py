@@ -41,6 +41,8 @@ class Shape:
     producers: int = 1
     consumers: int = 1
     round_trip: bool = False
+    #: How many messages each pair of a producer and a consumer exchanges before a round.
+    warm_up: int = 4
 
     @property
     def one_to_one(self) -> bool:
@@ -105,5 +107,6 @@ SHAPES = (
     Shape("round-trip", "ping-pong, a tuple of 3", _SMALL, seconds=0.25, least=5_000, round_trip=True),
     Shape("4-to-4", "4 producers to 4 consumers, a tuple of 3", _SMALL, 0.3, 20_000, producers=4, consumers=4),
     Shape("array-1MiB", "1 producer to 1 consumer, a numpy array of 1 MiB", _array(MiB), seconds=0.5, least=100),
-    Shape("array-64MiB", "1 producer to 1 consumer, a numpy array of 64 MiB", _array(64 * MiB), seconds=0.5, least=4),
+    # One message takes some peers 0.3 s.
+    Shape("array-64MiB", "1 producer to 1 consumer, a numpy array of 64 MiB", _array(64 * MiB), 0.5, 2, warm_up=1),
 )

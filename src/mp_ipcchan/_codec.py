@@ -19,12 +19,12 @@ import copyreg
 import io
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from ._message import INLINE_SIZE, MAX_BUFFERS, PLAIN, Handle, Incoming, Message, Outgoing, Parcel
+from ._message import INLINE_SIZE, MAX_BUFFERS, PLAIN, Handle, Message, Outgoing, Parcel
 from .errors import ProtocolError
 
 PROTOCOL = 5
@@ -145,17 +145,21 @@ def encode(obj: object) -> Outgoing:
     return encoder.encode(obj)
 
 
-def decode(incoming: Incoming) -> Any:
-    """The object in a received message. Raises whatever unpickling it raises; it leaves no descriptor open."""
-    if type(incoming) is bytes:
-        return pickle.loads(incoming)
-    assert isinstance(incoming, Parcel)
+def decoder(parcel: Parcel) -> Iterator[Any]:
+    """An iterator whose one item is the object in ``parcel``. Raises then whatever unpickling it raises.
+
+    Where the parcel has no descriptors, the item is made by one C call.
+    """
+    if not parcel.kinds:
+        return map(partial(pickle.loads, buffers=parcel.buffers), (parcel.body,))
+    return map(_decode_with_descriptors, (parcel,))
+
+
+def _decode_with_descriptors(parcel: Parcel) -> Any:
     try:
-        if not incoming.kinds:
-            return pickle.loads(incoming.body, buffers=incoming.buffers)
-        return _Decoder(incoming).load()
+        return _Decoder(parcel).load()
     finally:
-        incoming.close()
+        parcel.close()
 
 
 class _Decoder(pickle.Unpickler):
@@ -165,14 +169,16 @@ class _Decoder(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "revive" and module == __name__:
-            return self._revive
+            # Not a method: a failed load would leave a cycle through its stack, and descriptors open in it.
+            return partial(_revive, self._parcel)
         return super().find_class(module, name)
 
-    def _revive(self, rebuild: Callable[..., object], args: tuple[Any, ...], first: int, count: int) -> object:
-        if _rebuilds.get(rebuild) is None:
-            raise ProtocolError(f"{rebuild!r} does not rebuild anything that travels with descriptors")
-        kinds, fds = self._parcel.take(first, count)
-        return rebuild(*args, kinds, fds)
+
+def _revive(parcel: Parcel, rebuild: Callable[..., object], args: tuple[Any, ...], first: int, count: int) -> object:
+    if rebuild not in _rebuilds:
+        raise ProtocolError(f"{rebuild!r} does not rebuild anything that travels with descriptors")
+    kinds, fds = parcel.take(first, count)
+    return rebuild(*args, kinds, fds)
 
 
 def refuse_bare_pickle(obj: object) -> Any:
@@ -183,12 +189,12 @@ def refuse_bare_pickle(obj: object) -> Any:
     )
 
 
-_rebuilds: dict[Callable[..., object], bool] = {}
+_rebuilds: set[Callable[..., object]] = set()
 
 
 def rebuilds(function: Callable[..., object]) -> Callable[..., object]:
     """Mark ``function`` as one that a message may hand descriptors to."""
-    _rebuilds[function] = True
+    _rebuilds.add(function)
     return function
 
 

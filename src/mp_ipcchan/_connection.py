@@ -9,12 +9,12 @@ in the backlog.
 from __future__ import annotations
 
 import io
-import pickle
 from multiprocessing import connection as stdlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import _codec
 from ._deadline import deadline_in
+from ._delivery import Delivery
 from ._inlet import EndOfStream, ShutMark
 from ._link import Link, LinkHandle
 from ._message import PLAIN_SIZE, HandleKind, Incoming, Outgoing, Parcel
@@ -27,7 +27,7 @@ from .errors import ProtocolError
 BACKLOG_LIMIT = 65536
 
 
-class Connection(stdlib.Connection):
+class Connection(Delivery, stdlib.Connection):
     """One end of ``Pipe()``. Behaves as ``multiprocessing.connection.Connection``, which documents its methods.
 
     Sent in a message, or passed to a process, it is copied.
@@ -82,20 +82,9 @@ class Connection(stdlib.Connection):
         if self._handle is None or not self._readable:
             self._check_closed()
             self._check_readable()
-        incoming: Incoming | None = None
-        try:
-            incoming = self._take()
-            obj = pickle.loads(incoming) if isinstance(incoming, bytes) else _codec.decode(incoming)
-        except Exception:
-            raise
-        except BaseException:
-            # Ctrl-C: the message was not delivered, so the next call gets it.
-            if isinstance(incoming, bytes):
-                self._link.inlet.put_back(incoming)
-            raise
-        return obj
+        return self._deliver(self._link.inlet, True, None)
 
-    def _take(self) -> Incoming:
+    def _take(self, block: bool = True, deadline: float | None = None) -> Incoming:  # noqa: ARG002
         inlet = self._link.inlet
         while True:
             try:
@@ -105,7 +94,8 @@ class Connection(stdlib.Connection):
                 continue
             except EndOfStream:
                 raise EOFError from None
-            if isinstance(taken, (bytes, Parcel)):
+            # Asked without a call: a signal's handler that raises here would lose the message.
+            if taken.__class__ is bytes or taken.__class__ is Parcel:
                 return taken
             if isinstance(taken, ShutMark):
                 raise ProtocolError("a packet for queues came through a pipe")

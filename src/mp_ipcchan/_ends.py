@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import starmap
 
 from ._connection import Connection
 from ._inlet import EndOfStream, ShutMark, Spill
@@ -31,26 +32,38 @@ class Ends:
             taken = inlet.take(wait)
         except EndOfStream:
             raise EOFError("no process can put anything into this queue any more") from None
-        if isinstance(taken, Spill):
-            return self._take_from(taken)
-        return taken
+        # Asked without a call: a signal's handler that raises here would lose the message.
+        if taken.__class__ is not Spill:
+            return taken  # type: ignore[return-value]
+        return self._take_from(taken)
 
     def _take_from(self, spill: Spill) -> Incoming:
         """The first message of a process that ended; the rest goes back, for anybody to take."""
-        message = spill.pop()
-        if spill.left:
+        held: list[Incoming] = []
+        try:
+            held.extend(starmap(spill.pop, ((),)))
+            self._put_back(spill)
+        except BaseException:
+            # A signal's handler raised: what it interrupted stays with this process.
+            self.reader._link.inlet.put_back(*held, *(spill,) * bool(spill.left))
+            raise
+        return held[0]
+
+    def _put_back(self, spill: Spill) -> None:
+        if spill.left and not self.writer.closed:
+            sock = self.writer._link.sock
             try:
-                if self.writer.closed:
-                    raise BlockingIOError
-                sock = self.writer._link.sock
                 spill.forward(sock)
                 if spill.left:
                     spill.send_last(sock)
                     spill.close()
             except OSError:
-                # It can't go back, so it stays with this process.
-                self.reader._link.inlet.put_back(spill)
-        return message
+                # There is no room even for this; it stays with this process.
+                pass
+        if spill.left:
+            self.reader._link.inlet.put_back(spill)
+        else:
+            spill.close()
 
     def await_readable(self, deadline: float | None) -> bool:
         self.reader._check_closed()

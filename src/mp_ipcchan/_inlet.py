@@ -17,8 +17,20 @@ from typing import TypeAlias
 
 from ._deadline import wait_for
 from ._message import PLAIN, Incoming, Parcel
+from ._transport._frame import Pack
 from ._transport._spill import Spill
-from ._transport.unix import AT_ONCE, CUT, WAITING, EndOfStream, Opened, Packet, ShutMark, open_packet
+from ._transport.unix import (
+    AT_ONCE,
+    CUT,
+    WAITING,
+    EndOfStream,
+    Opened,
+    Packet,
+    ShutMark,
+    close_all,
+    close_packet,
+    open_packet,
+)
 
 __all__ = ["EndOfStream", "Inlet", "ShutMark", "Spill"]
 
@@ -34,8 +46,8 @@ class Inlet:
         self._recvmsg = sock.recvmsg
         #: Packets of interrupted calls, as received.
         self._inbox: deque[Packet] = deque()
-        #: Messages that wait here, the oldest first. A Spill stands for all that it still holds.
-        self._ready: deque[Incoming | Spill] = deque()
+        #: Messages that wait here, the oldest first. A Pack or Spill stands for all that it still holds.
+        self._ready: deque[Incoming | Pack | Spill] = deque()
         self._waker: _Waker | None = None
         #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
         #: Reentrant: a signal's handler may receive, too.
@@ -48,52 +60,75 @@ class Inlet:
         A spill is given out as it is, once; whoever takes it unrolls it or puts it back.
         """
         while True:
-            if self._ready:
-                return self._take_ready()
-            opened: Opened | None
-            if self._inbox:
-                opened = self._open_oldest()
-            else:
-                # A list of this call's own: several threads may be receiving.
-                box: list[Packet] = []
-                try:
-                    # Received and stored in one C call: no signal's handler can come between.
+            # Lists of this call's own: several threads may be receiving. What is in them is safe from
+            # a signal's handler that raises, because it gets there in one C call.
+            box: list[Packet] = []
+            opened: list[Opened] = []
+            spent: list[int] = []
+            try:
+                if self._ready:
+                    return self._take_ready()
+                if self._inbox:
+                    box.extend(starmap(self._inbox.popleft, ((),)))
+                else:
                     box.extend(starmap(self._recvmsg, WAITING if wait else AT_ONCE))
-                    data, ancillary, flags, _ = box[0]
-                    if data.startswith(PLAIN) and not ancillary and not flags & CUT:
-                        return data
-                except ConnectionResetError:
-                    # A peer that closed with packets of ours unread makes the kernel report this once,
-                    # ahead of what that peer sent before; only the empty packet is the end.
+                data, ancillary, flags, _ = box[0]
+                if data.startswith(PLAIN) and not ancillary and not flags & CUT:
+                    return data
+                open_packet(box[0], opened, spent)
+                if spent:
+                    close_all(spent)
+                if opened[0].__class__ is not Pack:
+                    return opened[0]  # type: ignore[return-value]
+                # From one list straight into the other, so that there is one place to rescue it from.
+                del box[0]
+                self._ready.extend(map(opened.pop, (0,)))  # type: ignore[arg-type]
+            except ConnectionResetError:
+                # A peer that closed with packets of ours unread makes the kernel report this once,
+                # ahead of what that peer sent before; only the empty packet is the end.
+                continue
+            except BaseException as error:
+                if box or opened:
+                    self._rescue(box, opened, spent, error)
+                elif isinstance(error, IndexError):
+                    # Another thread was faster.
                     continue
-                except BaseException:
-                    # A signal's handler raised: the next call finds the packet.
-                    self._inbox.extend(box)
-                    raise
-                opened = open_packet(box[0])
-            if isinstance(opened, list):
-                self.put_back(*opened)
-            elif opened is not None:
-                return opened
+                raise
+            if self._waker:
+                self._waker.set()
 
-    def _open_oldest(self) -> Opened | None:
-        try:
-            return open_packet(self._inbox.popleft())
-        except IndexError:  # another thread was faster
-            return None
+    def _rescue(self, box: list[Packet], opened: list[Opened], spent: list[int], error: BaseException) -> None:
+        """Keep what a signal's handler interrupted for the next call; close a packet that is no good."""
+        if opened:
+            close_all(spent)
+            if not isinstance(opened[0], ShutMark):
+                self.put_back(opened[0])
+        elif isinstance(error, (EndOfStream, OSError)) and _is_ours(error):
+            close_packet(box[0])
+        else:
+            self._inbox.append(box[0])
 
     def _take_ready(self) -> Incoming:
-        message: Incoming | Spill = self._ready[0]
-        if isinstance(message, Spill):
-            spill, message = message, message.pop()
-            if spill.left:
-                return message
-        self._ready.popleft()
-        if self._waker and not self._ready:
-            self._waker.clear()
-        return message
+        """The oldest of the messages that wait here. ``IndexError`` where there is none after all."""
+        first = self._ready[0]
+        while isinstance(first, (Pack, Spill)):
+            if first.left:
+                if self._waker and first.left == 1 and len(self._ready) == 1:
+                    self._waker.clear()
+                return first.pop()
+            self._ready.popleft()
+            first = self._ready[0]
+        held: list[Incoming] = []
+        try:
+            held.extend(starmap(self._ready.popleft, ((),)))  # type: ignore[arg-type]
+            if self._waker and not self._ready:
+                self._waker.clear()
+        except BaseException:
+            self.put_back(*held)
+            raise
+        return held[0]
 
-    def put_back(self, *messages: Incoming | Spill) -> None:
+    def put_back(self, *messages: Incoming | Pack | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
         self._ready.extendleft(reversed(messages))
         if self._waker and self._ready:
@@ -101,14 +136,14 @@ class Inlet:
 
     def await_readable(self, deadline: float | None) -> bool:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
-        if self._ready or self._inbox:
+        if (self._ready or self._inbox) and self.holding:
             return True
         return wait_for(self._sock.fileno(), select.POLLIN, deadline)
 
     @property
     def holding(self) -> bool:
         """Whether messages wait here, where ``poll`` on the socket doesn't see them."""
-        return bool(self._ready or self._inbox)
+        return bool(self._inbox) or any(not isinstance(one, (Pack, Spill)) or one.left for one in self._ready)
 
     def fileno(self) -> int:
         """A descriptor that is readable whenever ``take`` would not block.
@@ -126,12 +161,13 @@ class Inlet:
         """Take out all that waits here, for a receiver that moves."""
         messages: list[Incoming] = []
         while self._inbox:
-            opened = open_packet(self._inbox.popleft())
-            if isinstance(opened, list):
-                self._ready.extend(opened)
-            elif not isinstance(opened, ShutMark):
-                self._ready.append(opened)
-        while self._ready:
+            opened: list[Opened] = []
+            spent: list[int] = []
+            open_packet(self._inbox.popleft(), opened, spent)
+            close_all(spent)
+            if not isinstance(opened[0], ShutMark):
+                self._ready.append(opened[0])
+        while self.holding:
             messages.append(self._take_ready())
         return messages
 
@@ -142,10 +178,10 @@ class Inlet:
             self._waker = None
         while self._ready:
             waiting = self._ready.popleft()
-            if not isinstance(waiting, bytes):
+            if isinstance(waiting, (Parcel, Spill)):
                 waiting.close()
         while self._inbox:
-            _discard(self._inbox.popleft())
+            close_packet(self._inbox.popleft())
 
     def reset_after_fork(self) -> None:
         """What waits here belongs to the parent; so does the epoll set, which both would share."""
@@ -177,10 +213,9 @@ class _Waker:
         os.close(self._event)
 
 
-def _discard(packet: Packet) -> None:
-    try:
-        opened = open_packet(packet)
-    except (EndOfStream, OSError):
-        return
-    if isinstance(opened, (Parcel, Spill)):
-        opened.close()
+def _is_ours(error: BaseException) -> bool:
+    """Whether ``error`` was raised by this package, or by C code that it called; a handler has a frame of its own."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is None or str(traceback.tb_frame.f_globals.get("__name__")).startswith(__package__ or "")

@@ -106,32 +106,45 @@ class Parcel:
         self.body = body
         self.buffers = buffers
         self.kinds = kinds
-        self._fds = fds
+        self._fds = _Descriptors(fds) if fds else None
+
+    def filenos(self) -> list[int]:
+        """The descriptors, which stay the parcel's."""
+        return self._fds.fds if self._fds else []
 
     def take(self, first: int, count: int) -> tuple[bytes, list[int]]:
         """The kinds and descriptors from ``first`` on; the caller owns them from here on."""
-        fds = self._fds[first : first + count]
+        held = self.filenos()
+        fds = held[first : first + count]
         if first < 0 or len(fds) != count or -1 in fds:
             raise ProtocolError(
                 f"the message refers to descriptors {first} to {first + count - 1}, "
                 f"which it doesn't carry or has handed out before"
             )
-        self._fds[first : first + count] = [-1] * count
+        held[first : first + count] = [-1] * count
         return self.kinds[first : first + count], fds
 
-    def filenos(self) -> list[int]:
-        """The descriptors, which stay the parcel's."""
-        return self._fds
+    def close(self) -> None:
+        if self._fds:
+            self._fds.close()
+
+
+class _Descriptors:
+    """Raw descriptors and who closes them: apart from the parcel, most of which have none to care for."""
+
+    __slots__ = ("fds",)
+
+    def __init__(self, fds: list[int]) -> None:
+        self.fds = fds
 
     def close(self) -> None:
-        fds, self._fds = self._fds, []
+        fds, self.fds = self.fds, []
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
 
     def __del__(self) -> None:
-        if self._fds:
-            self.close()
+        self.close()
 
 
 #: What a receiver holds until somebody decodes it: a plain frame, or a parcel.

@@ -19,10 +19,11 @@ from typing_extensions import Self
 from . import _codec
 from ._books import Books
 from ._deadline import deadline_in, remaining
+from ._delivery import Delivery
 from ._ends import Ends
 from ._inlet import ShutMark
 from ._ledger import DISCARDED, SHUT
-from ._message import Incoming, Message, Outgoing, Parcel
+from ._message import Incoming, Message, Outgoing
 from ._transport.unix import send_shut
 from .errors import Empty, ShutDown
 
@@ -46,7 +47,7 @@ else:
 known_books: weakref.WeakValueDictionary[int, Books] = weakref.WeakValueDictionary()
 
 
-class SimpleQueue(_StdlibSimpleQueue, Generic[T]):
+class SimpleQueue(Delivery, _StdlibSimpleQueue, Generic[T]):
     """A queue without a bound and without counts. ``put`` never blocks."""
 
     def __init__(self) -> None:
@@ -64,21 +65,17 @@ class SimpleQueue(_StdlibSimpleQueue, Generic[T]):
 
     def get(self) -> T:
         """Take a message; waits for one."""
-        incoming: Incoming | ShutMark | None = None
-        try:
-            while not isinstance(incoming, (bytes, Parcel)):
-                try:
-                    incoming = self._ends.take(True)
-                except BlockingIOError:
-                    self._ends.await_readable(None)
-            obj: T = _codec.decode(incoming)
-        except Exception:
-            raise
-        except BaseException:
-            if isinstance(incoming, bytes):
-                self._reader._link.inlet.put_back(incoming)
-            raise
-        return obj
+        return self._deliver(self._reader._link.inlet, True, None)  # type: ignore[no-any-return]
+
+    def _take(self, block: bool, deadline: float | None) -> Incoming:
+        while True:
+            try:
+                taken = self._ends.take(block)
+            except BlockingIOError:
+                self._ends.await_readable(deadline)
+                continue
+            if taken.__class__ is not ShutMark:
+                return taken  # type: ignore[return-value]
 
     def empty(self) -> bool:
         """Whether there is nothing to take now."""
@@ -102,7 +99,7 @@ class SimpleQueue(_StdlibSimpleQueue, Generic[T]):
         return f"<mp_ipcchan.{type(self).__name__} {'closed' if self._reader.closed else self._reader.fileno()}>"
 
 
-class Queue(_StdlibQueue, Generic[T]):
+class Queue(Delivery, _StdlibQueue, Generic[T]):
     """A queue that behaves as ``multiprocessing.Queue``, which documents its methods.
 
     ``put`` pickles at once, so an object that can't be pickled raises in the caller and the queue
@@ -193,29 +190,20 @@ class Queue(_StdlibQueue, Generic[T]):
         items = [self.get(True, timeout)]
         try:
             while len(items) < max_items:
-                items.append(self.get(False))
-        except Exception as error:
-            # What was taken is returned. Only a message that can't be decoded is lost here, so say that now.
-            if not isinstance(error, (Empty, ShutDown, EOFError)):
-                raise
+                items.append(self._get(False, None, keep=True))
+        except Exception:
+            # An end or a failure shows again in the next call: this one has something to return.
+            pass
         return items
 
-    def _get(self, block: bool, deadline: float | None) -> T:
-        books = self._books
-        incoming: Incoming | None = None
-        try:
-            incoming = self._take(block, deadline)
-            obj: T = _codec.decode(incoming)
-        except BaseException as error:
-            if isinstance(incoming, bytes) and not isinstance(error, Exception):
-                # Ctrl-C: the message was not delivered, so the next call gets it.
-                self._reader._link.inlet.put_back(incoming)
-                books.left()
-            elif incoming is not None:
-                books.took()
-            raise
-        books.took()
-        return obj
+    def _get(self, block: bool, deadline: float | None, *, keep: bool = False) -> T:
+        return self._deliver(self._reader._link.inlet, block, deadline, keep=keep)  # type: ignore[no-any-return]
+
+    def _taken(self) -> None:
+        self._books.took()
+
+    def _left(self) -> None:
+        self._books.left()
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """A message that ``books.taking`` was told of."""
@@ -243,6 +231,8 @@ class Queue(_StdlibQueue, Generic[T]):
                     if not block or not self._await_message(deadline, bool(state)):
                         raise Empty("the queue is empty") from None
                     continue
+                if taken.__class__ is bytes and state != DISCARDED:
+                    return taken
                 if isinstance(taken, ShutMark):
                     marked = True
                     books.left()

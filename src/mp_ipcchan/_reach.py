@@ -31,6 +31,10 @@ def endpoints_within(root: object) -> list[Endpoint]:
         held.append(obj)
         if isinstance(obj, Endpoint):
             found.append(obj)
+        elif isinstance(obj, dict):
+            # Not by its referents: an object's own dict has none from 3.13 on.
+            waiting += obj
+            waiting += obj.values()
         elif isinstance(obj, types.FunctionType):
             waiting += (obj.__closure__, obj.__defaults__, obj.__kwdefaults__)
         else:

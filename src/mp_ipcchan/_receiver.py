@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import pickle
+import operator
 from collections.abc import Iterator
 from typing import Generic, TypeVar, final
 
 from typing_extensions import Self
 
-from . import _codec
 from ._deadline import deadline_in, remaining
+from ._delivery import Delivery
 from ._endpoint import Endpoint
-from ._inlet import EndOfStream, ShutMark, Spill
+from ._inlet import EndOfStream, ShutMark
 from ._link import Link
-from ._message import PLAIN_SIZE, Incoming
+from ._message import PLAIN_SIZE, Incoming, Parcel
 from .errors import Disconnected, Empty, ProtocolError, SerializationError
 
 T_co = TypeVar("T_co", covariant=True)
 
 
-class ReceiverBase(Endpoint, Generic[T_co]):
+class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
     __slots__ = ()
-
-    def _decode(self, incoming: Incoming) -> T_co:
-        raise NotImplementedError
 
     def recv(self, timeout: float | None = None) -> T_co:
         """The next message; waits for it, at most ``timeout`` seconds.
@@ -44,19 +41,12 @@ class ReceiverBase(Endpoint, Generic[T_co]):
             raise ValueError(f"max_items must be at least 1, not {max_items}")
         link = self._open_link()
         messages = [self._receive(link, deadline_in(timeout), True)]
-        with link.inlet.lock:
+        try:
             while len(messages) < max_items:
-                try:
-                    incoming = self._take(link, None, False)
-                except (Empty, Disconnected, OSError):
-                    # An end or a failure shows again in the next call: this one has something to return.
-                    break
-                try:
-                    messages.append(self._decode(incoming))
-                except SerializationError:
-                    if isinstance(incoming, bytes):
-                        link.inlet.put_back(incoming)
-                    break
+                messages.append(self._receive(link, None, False, keep=True))
+        except (Disconnected, SerializationError, Empty, OSError):
+            # An end or a failure shows again in the next call: this one has something to return.
+            pass
         return messages
 
     def __iter__(self) -> Iterator[T_co]:
@@ -67,46 +57,34 @@ class ReceiverBase(Endpoint, Generic[T_co]):
             except Disconnected:
                 return
 
-    def _receive(self, link: Link, deadline: float | None, wait: bool) -> T_co:
+    def _receive(self, link: Link, deadline: float | None, wait: bool, *, keep: bool = False) -> T_co:
         lock = link.inlet.lock
-        incoming: Incoming | None = None
-        try:
-            # Without further ado where nobody else is receiving, as is usual.
-            if not lock.acquire(False) and not (wait and lock.acquire(True, _lock_timeout(deadline))):
-                raise Empty("another thread is receiving, and no message came")
-            try:
-                incoming = self._take(link, deadline, wait)
-                message = self._decode(incoming)
-            finally:
-                lock.release()
-        except Exception:
-            raise
-        except BaseException:
-            # Ctrl-C: the message was not delivered, so the next call gets it.
-            if isinstance(incoming, bytes):
-                link.inlet.put_back(incoming)
-            raise
-        return message
+        # Without further ado where nobody else is receiving, as is usual.
+        if not lock.acquire(False) and not (wait and lock.acquire(True, _lock_timeout(deadline))):
+            raise Empty("another thread is receiving, and no message came")
+        return self._deliver(link.inlet, wait, deadline, lock, keep)  # type: ignore[no-any-return]
 
-    def _take(self, link: Link, deadline: float | None, wait: bool) -> Incoming:
-        inlet = link.inlet
-        if self._link is not link:  # closed or moved while this thread waited for its turn
-            self._open_link()
+    def _take(self, block: bool, deadline: float | None) -> Incoming:
+        inlet = self._open_link().inlet
         while True:
             try:
-                taken = inlet.take(wait and deadline is None)
+                taken = inlet.take(block and deadline is None)
             except BlockingIOError:
-                if not wait or not inlet.await_readable(deadline):
+                if not block or not inlet.await_readable(deadline):
                     raise Empty("there is no message") from None
                 continue
             except EndOfStream:
                 raise Disconnected("every sender is gone, and all messages have been received") from None
-            if isinstance(taken, Spill):
-                inlet.put_back(taken)
-            elif isinstance(taken, ShutMark):
-                raise ProtocolError("a packet for queues came through a channel")
-            else:
+            # Asked without a call: a signal's handler that raises here would lose the message.
+            if taken.__class__ is bytes or taken.__class__ is Parcel:
                 return taken
+            if isinstance(taken, ShutMark):
+                raise ProtocolError("a packet for queues came through a channel")
+            inlet.put_back(taken)
+
+    def _report(self, error: Exception) -> None:
+        if not isinstance(error, ProtocolError):
+            raise SerializationError(f"can't decode a message: {error}") from error
 
     def fileno(self) -> int:
         """A descriptor that is readable whenever there is a message, or the end of the stream."""
@@ -148,13 +126,6 @@ class Receiver(ReceiverBase[T_co]):
 
     __slots__ = ()
 
-    def _decode(self, incoming: Incoming) -> T_co:
-        try:
-            message: T_co = pickle.loads(incoming) if isinstance(incoming, bytes) else _codec.decode(incoming)
-        except Exception as error:
-            raise SerializationError(f"can't decode a message: {error}") from error
-        return message
-
 
 @final
 class BytesReceiver(ReceiverBase[bytes]):
@@ -162,8 +133,11 @@ class BytesReceiver(ReceiverBase[bytes]):
 
     __slots__ = ()
 
-    def _decode(self, incoming: Incoming) -> bytes:
-        return incoming[PLAIN_SIZE:] if isinstance(incoming, bytes) else bytes(view_bytes(incoming))
+    _loads = operator.itemgetter(slice(PLAIN_SIZE, None))
+
+    @staticmethod
+    def _decoder(parcel: Parcel) -> Iterator[bytes]:
+        return map(bytes, (view_bytes(parcel),))
 
     def recv_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> int:
         """Receive a message into the start of a writable ``buffer``; how many bytes it has.
@@ -173,7 +147,7 @@ class BytesReceiver(ReceiverBase[bytes]):
         link = self._open_link()
         target = memoryview(buffer).cast("B")
         with link.inlet.lock:
-            incoming = self._take(link, deadline_in(timeout), True)
+            incoming = self._take(True, deadline_in(timeout))
             source = view_bytes(incoming)
             if len(source) > len(target):
                 link.inlet.put_back(incoming)

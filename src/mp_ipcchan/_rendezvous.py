@@ -98,10 +98,10 @@ class OneShotServer:
 
 
 def _private_directory() -> str:
-    directory = tempfile.mkdtemp(prefix="ipcchan-")
+    directory = tempfile.mkdtemp(prefix=f"ipcchan-{os.getpid()}-")
     if len(os.fsencode(directory)) + len("/socket") > _LONGEST_PATH:
         os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix="ipcchan-", dir="/tmp")
+        directory = tempfile.mkdtemp(prefix=f"ipcchan-{os.getpid()}-", dir="/tmp")
     return directory
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar, Union
 
 import pytest
 
 from mp_ipcchan import BytesReceiver, BytesSender, Receiver, Sender, bytes_channel, channel
 from mp_ipcchan._message import INLINE_SIZE
+
+from .programs import child
 
 T = TypeVar("T")
 
@@ -72,34 +79,99 @@ class InThread(Generic[T]):
         return self._results[0]
 
 
-class Forked:
-    """A copy of this process, made by a bare ``os.fork``, that runs a call and ends."""
+class Child:
+    """A process with an end. Leaving the ``with`` block kills it, if the test hasn't joined it."""
 
-    def __init__(self, call: Callable[[], object]) -> None:
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            call()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._ended = False
 
     def join(self) -> int:
-        """Wait for its end; 0 where the call returned, minus the signal's number where it was killed."""
+        """Wait for its end: its exit code, or minus the number of the signal that killed it."""
         pidfd = os.pidfd_open(self.pid)
         try:
-            ended, _, _ = select.select([pidfd], [], [], LIMIT)
+            in_time, _, _ = select.select([pidfd], [], [], LIMIT)
         finally:
             os.close(pidfd)
-        if not ended:
-            os.kill(self.pid, signal.SIGKILL)
+        assert in_time, f"the child still runs after {LIMIT} seconds"
+        return self._reap()
+
+    def _reap(self) -> int:
         _, status = os.waitpid(self.pid, 0)
-        assert ended, f"the child still ran after {LIMIT} seconds"
+        self._ended = True
         return os.waitstatus_to_exitcode(status)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._ended:
+            self.kill()
+            self._reap()
+
+
+StartChild = Callable[..., Child]
+
+
+def bare_fork(call: Callable[[], object]) -> Child:
+    """A copy of this process, made by ``os.fork``, that runs a call and ends; 0 where it returned."""
+    pid = os.fork()
+    if pid:
+        return Child(pid)
+    code = 1
+    try:
+        call()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class _Forked(Child):
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None
+        super().__init__(process.pid)
+        self._process = process
+
+    def _reap(self) -> int:
+        self._process.join()
+        code = self._process.exitcode
+        assert code is not None
+        self._process.close()
+        self._ended = True
+        return code
+
+
+def fork(function: Callable[..., object], *args: object) -> Child:
+    """A forked child that calls ``function``, started by our context."""
+    process = multiprocessing.get_context("ipcchan_fork").Process(target=function, args=args)
+    process.start()
+    return _Forked(process)
+
+
+class _Spawned(Child):
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(process.pid)
+        self._process = process
+
+    def _reap(self) -> int:
+        code = self._process.wait()
+        self._ended = True
+        return code
+
+
+def spawn(function: Callable[..., object], *args: str) -> Child:
+    """A program of its own that calls ``function``, which is one of ``programs.child``."""
+    assert child.__file__ is not None
+    # Wherever this process found the library, the program finds it, too.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, child.__file__, function.__name__, *args]
+    return _Spawned(subprocess.Popen(command, env=environment))
 
 
 def attempts() -> Iterator[None]:
@@ -114,6 +186,19 @@ def open_descriptors() -> set[int]:
     """The descriptors of this process."""
     # The listing has one of its own, which is gone by the time it is looked up.
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
+
+
+@contextmanager
+def room_for(descriptors: int) -> Iterator[None]:
+    """Let this process open only so many more descriptors."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = open_descriptors()
+    lowest_free = [fd for fd in range(max(used) + descriptors + 2) if fd not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free[descriptors], limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @contextmanager

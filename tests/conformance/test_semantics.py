@@ -13,8 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import starmap
 from typing import Any
 
@@ -27,27 +26,34 @@ from mp_ipcchan import (
     EndpointMoved,
     Fd,
     Full,
+    OneShotServer,
     Receiver,
     ReceiverGone,
     Sender,
     SerializationError,
     bytes_channel,
     channel,
+    connect,
 )
 
 from ._support import (
     LIMIT,
     SEVEN,
     F,
-    Forked,
     InThread,
     MakePair,
+    StartChild,
     attempts,
+    bare_fork,
     both_kinds,
     calling_often,
+    fork,
     open_descriptors,
     pattern,
+    room_for,
+    spawn,
 )
+from .programs import child as program
 
 
 def fill(tx: Sender[Any]) -> int:
@@ -362,13 +368,24 @@ def test_S06_data_before_the_end(killed: bool) -> None:
         if killed:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with rx:
-        child = Forked(send_and_die)
+    with rx, bare_fork(send_and_die) as child:
         tx.close()
         assert child.join() == (-signal.SIGKILL if killed else 0)
         assert [rx.recv(LIMIT) for _ in range(100)] == list(range(100))
         with pytest.raises(Disconnected):
             rx.recv(LIMIT)
+
+
+@pytest.mark.parametrize("start", [spawn, fork], ids=["spawn", "fork"])
+def test_S06_data_that_the_kernel_had_no_room_for(start: StartChild) -> None:
+    """A process that sent more than the kernel holds ends before anybody reads, and all of it is received."""
+    with OneShotServer() as server, start(program.send_without_a_reader, server.name, "5000") as child:
+        assert child.join() == 0
+        rx, first = server.accept(LIMIT)
+        with rx:
+            assert [first, *(rx.recv(LIMIT) for _ in range(4999))] == list(range(5000))
+            with pytest.raises(Disconnected):
+                rx.recv(LIMIT)
 
 
 @both_kinds
@@ -425,8 +442,8 @@ def test_S08_no_signal() -> None:
         with pytest.raises(ReceiverGone):
             tx.send(1)
 
-    with tx:
-        assert Forked(send).join() == 0
+    with tx, bare_fork(send) as child:
+        assert child.join() == 0
 
 
 # -- 9: what the kernel holds ---------------------------------------------------------------
@@ -583,9 +600,9 @@ def test_S21_programs_keep_no_channel_open() -> None:
         carrier_tx.send(tx)
         tx.close()
         received_tx = carrier_rx.recv(LIMIT)
-        program = [sys.executable, "-c", "import sys; sys.stdout.write('.'); sys.stdout.flush(); sys.stdin.read()"]
+        command = [sys.executable, "-c", "import sys; sys.stdout.write('.'); sys.stdout.flush(); sys.stdin.read()"]
         with subprocess.Popen(
-            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False, bufsize=0
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False, bufsize=0
         ) as child:
             try:
                 assert child.stdout is not None
@@ -598,19 +615,6 @@ def test_S21_programs_keep_no_channel_open() -> None:
 
 
 # -- 22: many descriptors -------------------------------------------------------------------
-
-
-@contextmanager
-def room_for(descriptors: int) -> Iterator[None]:
-    """Let this process open only so many more descriptors."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = open_descriptors()
-    lowest_free = [fd for fd in range(max(used) + descriptors + 2) if fd not in used]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free[descriptors], limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("size", [0, F + 1], ids=["small", "large"])
@@ -665,8 +669,7 @@ def test_S23_fork_keeps_both_ends() -> None:
         tx.send("forked")
         assert go_rx.recv(LIMIT) == "go"
 
-    with rx, go_tx:
-        child = Forked(hold_until_told)
+    with rx, go_tx, bare_fork(hold_until_told) as child:
         tx.close()
         go_rx.close()
         assert rx.recv(LIMIT) == "forked"
@@ -687,14 +690,41 @@ def test_S23_fork_keeps_the_receiver() -> None:
         go_tx.close()
         assert go_rx.recv(LIMIT) == "go"
 
-    with tx, go_tx:
-        child = Forked(hold_until_told)
+    with tx, go_tx, bare_fork(hold_until_told) as child:
         rx.close()
         go_rx.close()
         tx.send("nobody will read this")
         go_tx.send("go")
         await_receiver_gone(tx)
         assert child.join() == 0
+
+
+def test_S23_context_fork_closes_what_was_not_passed() -> None:
+    """A child of our context has the endpoints that it was given, and no others: the stream ends with ours."""
+    tx, rx = channel()
+    go_tx, go_rx = channel()
+    held_tx, held_rx = channel()
+    with rx, go_tx, held_rx, fork(hold_until_told, held_tx, go_rx) as child:
+        held_tx.close()
+        tx.send("here")
+        tx.close()
+        assert rx.recv(LIMIT) == "here"
+        with pytest.raises(Disconnected):
+            rx.recv(LIMIT)
+        with pytest.raises(Empty):
+            held_rx.try_recv()
+        with pytest.raises(EndpointMoved):
+            go_rx.recv(LIMIT)
+        go_tx.send("go")
+        assert held_rx.recv(LIMIT) == "gone"
+        with pytest.raises(Disconnected):
+            held_rx.recv(LIMIT)
+        assert child.join() == 0
+
+
+def hold_until_told(held_tx: Sender[Any], go_rx: Receiver[Any]) -> None:
+    assert go_rx.recv(LIMIT) == "go"
+    held_tx.send("gone")
 
 
 def test_S24_one_receiver_twice_in_a_message() -> None:
@@ -727,8 +757,7 @@ def test_S24_one_descriptor_for_a_channel() -> None:
             sender.close()
         assert open_descriptors() == before
 
-    with carrier_rx:
-        child = Forked(receive_all)
+    with carrier_rx, bare_fork(receive_all) as child:
         tx, rx = channel()
         with rx:
             with carrier_tx, tx, tx.clone() as other:
@@ -806,6 +835,57 @@ def test_S26_inner_message_first() -> None:
     with tx, rx:
         tx.send([SendsOn(tx, SendsOn(tx, "innermost")), SendsOn(tx, "later")])
         assert [rx.recv(LIMIT) for _ in range(4)] == ["innermost", "outer", "later", ["outer", "outer"]]
+
+
+# -- 27, 28: one-shot servers ---------------------------------------------------------------
+
+
+def test_S27_client_without_a_word() -> None:
+    """A client that connects and leaves, having sent nothing, makes ``accept`` raise Disconnected."""
+    with OneShotServer() as server:
+        connect(server.name, LIMIT).close()
+        with pytest.raises(Disconnected):
+            server.accept(LIMIT)
+
+
+def test_S27_nobody_comes() -> None:
+    """``accept`` ends in time where no client comes, and where one comes but is silent; both may still speak."""
+    with OneShotServer() as server:
+        with pytest.raises(Empty):
+            server.accept(timeout=0.01)
+        with connect(server.name, LIMIT) as tx:
+            with pytest.raises(Empty):
+                server.accept(timeout=0.01)
+            tx.send("at last")
+            rx, first = server.accept(LIMIT)
+            with rx:
+                assert first == "at last"
+
+
+def test_S28_second_client() -> None:
+    """Whoever connects after the client that was accepted gets an error, and so does a second ``accept``."""
+    with OneShotServer() as server:
+        with connect(server.name, LIMIT) as tx:
+            tx.send("first")
+            rx, _ = server.accept(LIMIT)
+            with rx:
+                with pytest.raises(OSError, match="."):
+                    connect(server.name, LIMIT)
+                with pytest.raises((EndpointClosed, EndpointMoved)):
+                    server.accept(LIMIT)
+                tx.send("still served")
+                assert rx.recv(LIMIT) == "still served"
+
+
+def test_S28_second_client_in_the_queue() -> None:
+    """A client that connected before the first was accepted is told at the latest when it sends again."""
+    with OneShotServer() as server, connect(server.name, LIMIT) as tx:
+        with connect(server.name, LIMIT) as late:
+            tx.send("first")
+            rx, first = server.accept(LIMIT)
+            with rx:
+                assert first == "first"
+                await_receiver_gone(late)
 
 
 # -- 33: what a descriptor is ---------------------------------------------------------------

@@ -121,6 +121,8 @@ def _check_payload(frame: Frame, present: int) -> None:
         expected = sum(frame.lengths)
         if frame.flags or frame.kinds or frame.body_size:
             raise ProtocolError("a packet of packed messages brings descriptors")
+        if not frame.lengths:
+            raise ProtocolError("a packet of packed messages is empty")
     elif frame.kind is FrameKind.SPILL:
         expected = 0
         if not frame.in_segment or len(frame.lengths) != 2 or frame.lengths[0] > frame.body_size:
@@ -144,12 +146,31 @@ def pack(frames: Sequence[bytes]) -> bytes:
     return head(FrameKind.PACK, 0, b"", [len(frame) for frame in frames], 0) + b"".join(frames)
 
 
-def unpack(frame: Frame, packet: bytes) -> list[bytes]:
-    """The plain frames in a packet that ``pack`` made."""
-    frames = [packet[where] for where in slices(frame.start, frame.lengths)]
-    if not all(one.startswith(PLAIN) for one in frames):
-        raise ProtocolError("a packet of packed messages holds something else")
-    return frames
+class Pack:
+    """The plain frames of a packet that ``pack`` made, taken one by one."""
+
+    __slots__ = ("_lengths", "_next", "_packet", "_position", "left")
+
+    def __init__(self, frame: Frame, packet: bytes) -> None:
+        self._packet = packet
+        self._lengths = frame.lengths
+        self._next = 0
+        self._position = frame.start
+        self.left = len(frame.lengths)
+
+    def pop(self) -> bytes:
+        """Take the next frame out."""
+        index, start = self._next, self._position
+        end = start + self._lengths[index]
+        frame = self._packet[start:end]
+        if not frame.startswith(PLAIN):
+            self.left = 0
+            raise ProtocolError("a packet of packed messages holds something else")
+        # Taken from here on: no call follows, hence no signal's handler.
+        self._next = index + 1
+        self._position = end
+        self.left -= 1
+        return frame
 
 
 #: Told to every reader of a queue that was shut down.

@@ -66,15 +66,21 @@ class Spill:
         """Take the next message out. ``ProtocolError``, and nothing left, where the segment is not as it should be."""
         try:
             body, buffers, kinds, end = self._parse()
-        except BaseException:
+        except ProtocolError:
             self.close()
             raise
-        fds, self._fds = self._fds[: len(kinds)], self._fds[len(kinds) :]
-        self._kinds = self._kinds[len(kinds) :]
-        self._advance(end)
+        fds = self._fds[: len(kinds)]
+        rest = self._fds[len(kinds) :], self._kinds[len(kinds) :]
+        message: list[bytes | Parcel] = []
         if not kinds and not buffers:
-            return PLAIN + body
-        return Parcel(body, [bytearray(buffer) for buffer in buffers], kinds, fds)
+            message.append(PLAIN + body)
+        else:
+            message.extend(map(Parcel, (body,), ([bytearray(buffer) for buffer in buffers],), (kinds,), (fds,)))
+        # Taken from here on: no call follows, hence no signal's handler.
+        self._fds, self._kinds = rest
+        self._position = end
+        self.left -= 1
+        return message[0]
 
     def forward(self, sock: socket.socket) -> None:
         """Send messages as packets of their own, as many as the kernel takes now and nothing special is about."""
@@ -86,7 +92,8 @@ class Spill:
                 sock.send(PLAIN + body, _SEND_FLAGS)
             except BlockingIOError:
                 return
-            self._advance(end)
+            self._position = end
+            self.left -= 1
 
     def _parse(self) -> tuple[bytes, list[bytes], bytes, int]:
         """The next message: body, buffers, kinds of its handles, and where the one behind it begins."""
@@ -96,12 +103,6 @@ class Spill:
         stretch = self._read(start, found.body_size + sum(sizes))
         body, *buffers = (stretch[where] for where in slices(0, (found.body_size, *sizes)))
         return body, buffers, kinds, self._position + start + len(stretch)
-
-    def _advance(self, end: int) -> None:
-        self._position = end
-        self.left -= 1
-        if not self.left:
-            self.close()
 
     def _read(self, offset: int, size: int) -> bytes:
         """``size`` bytes of the segment, ``offset`` behind the position. Read, not mapped: most are small."""

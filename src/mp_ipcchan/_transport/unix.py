@@ -10,10 +10,11 @@ from __future__ import annotations
 import array
 import os
 import socket
+from functools import partial
 from typing import TypeAlias
 
 from .. import _segment
-from .._message import PACKET_SIZE, PLAIN, Incoming, Message, Outgoing, Parcel
+from .._message import PACKET_SIZE, PLAIN, Buffer, Incoming, Message, Outgoing, Parcel
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, descriptors_in, load, too_many, unload
 from ._frame import (
@@ -23,10 +24,10 @@ from ._frame import (
     SHUT,
     Frame,
     FrameKind,
+    Pack,
     head,
     parse,
     slices,
-    unpack,
 )
 from ._spill import Spill
 
@@ -58,7 +59,7 @@ class ShutMark:
 
 
 #: What a packet turns out to hold.
-Opened: TypeAlias = Incoming | list[bytes] | Spill | ShutMark
+Opened: TypeAlias = Incoming | Pack | Spill | ShutMark
 
 
 def make_pair(send_buffer: int) -> tuple[socket.socket, socket.socket]:
@@ -128,66 +129,79 @@ def _transmit_message(sock: socket.socket, message: Message) -> None:
             os.close(fd)
 
 
-def open_packet(packet: Packet) -> Opened:
-    """Turn a received packet into what it holds. Raises ``EndOfStream``, ``ProtocolError`` or ``OSError``.
+def open_packet(packet: Packet, opened: list[Opened], spent: list[int]) -> None:
+    """Append what a received packet holds to ``opened``, in one C call, which then owns its descriptors.
 
-    Whatever is raised, no descriptor of the packet is left open.
+    But for those in ``spent``, which have served: the caller closes them then.
+
+    Raises ``EndOfStream``, ``ProtocolError`` or ``OSError``; ``close_packet`` must follow. Where something
+    else interrupts it, a signal's handler, the packet can be opened again.
     """
     data, ancillary, flags, _ = packet
-    if not ancillary and not flags & CUT and data.startswith(PLAIN):
-        return data
     fds = descriptors_in(ancillary)
-    try:
-        if not data and not fds:
-            raise EndOfStream
-        if flags & socket.MSG_TRUNC:
-            raise ProtocolError(f"a packet is larger than {PACKET_SIZE} bytes")
-        if flags & socket.MSG_CTRUNC:
-            raise too_many()
-        if data.startswith(PLAIN):
+    if not data and not fds:
+        raise EndOfStream
+    if flags & socket.MSG_TRUNC:
+        raise ProtocolError(f"a packet is larger than {PACKET_SIZE} bytes")
+    if flags & socket.MSG_CTRUNC:
+        raise too_many()
+    if data.startswith(PLAIN):
+        if fds:
             raise ProtocolError("a plain packet brings descriptors")
-        return _open_frame(parse(data, len(fds)), data, fds)
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-
-
-def _open_frame(frame: Frame, data: bytes, fds: list[int]) -> Opened:
-    """``fds`` are taken over, and removed from the list, as they find an owner."""
+        opened.append(data)
+        return
+    frame = parse(data, len(fds))
     if frame.kind is FrameKind.PACK:
-        return list(unpack(frame, data))
-    if frame.kind is FrameKind.SHUT:
-        return ShutMark()
-    if frame.kind is FrameKind.SPILL:
+        opened.append(Pack(frame, data))
+    elif frame.kind is FrameKind.SHUT:
+        opened.append(ShutMark())
+    elif frame.kind is FrameKind.SPILL:
+        inside = _handles(frame, fds)
         position, left = frame.lengths
-        _unload_carrier(frame, fds)
-        spill = Spill(fds[0], frame.body_size, position, left, frame.kinds, fds[1:])
-        fds.clear()
-        return spill
-    if not frame.in_segment:
-        _unload_carrier(frame, fds)
-        body, *buffers = (data[where] for where in slices(frame.start, (frame.body_size, *frame.lengths)))
-        parcel = Parcel(body, [bytearray(buffer) for buffer in buffers], frame.kinds, fds[:])
-        fds.clear()
-        return parcel
-    offsets, size = _segment.layout(frame.body_size, frame.lengths)
-    view = _segment.map_whole(fds[0], size)
-    _unload_carrier(frame, fds)
-    os.close(fds.pop(0))
-    places = [view[start : start + length] for start, length in zip(offsets, frame.lengths, strict=True)]
-    parcel = Parcel(view[: frame.body_size], places, frame.kinds, fds[:])
-    fds.clear()
-    return parcel
+        make = partial(Spill, fds[0], frame.body_size, position, left)
+        spent += fds[1:2] if frame.in_carrier else ()
+        opened.extend(map(make, (frame.kinds,), (inside,)))
+    else:
+        _open_envelope(frame, data, fds, opened, spent)
 
 
-def _unload_carrier(frame: Frame, fds: list[int]) -> None:
-    """Put the descriptors in the carrier, which is the last of ``fds``, in its place."""
-    if frame.in_carrier:
-        inside = unload(fds[-1], len(frame.kinds))
-        os.close(fds.pop())
-        fds += inside
+def _open_envelope(frame: Frame, data: bytes, fds: list[int], opened: list[Opened], spent: list[int]) -> None:
+    body: Buffer
+    buffers: list[Buffer]
+    inside = _handles(frame, fds)
+    if frame.in_segment:
+        try:
+            offsets, size = _segment.layout(frame.body_size, frame.lengths)
+            view = _segment.map_whole(fds[0], size)
+        except BaseException:
+            if frame.in_carrier:
+                close_all(inside)
+            raise
+        body = view[: frame.body_size]
+        buffers = [view[start : start + length] for start, length in zip(offsets, frame.lengths, strict=True)]
+    else:
+        body, *rest = (data[where] for where in slices(frame.start, (frame.body_size, *frame.lengths)))
+        buffers = [bytearray(buffer) for buffer in rest]
+    spent += fds[: frame.in_segment + frame.in_carrier]
+    opened.extend(map(Parcel, (body,), (buffers,), (frame.kinds,), (inside,)))
+
+
+def _handles(frame: Frame, fds: list[int]) -> list[int]:
+    """The descriptors of the message itself: those behind the segment, or what is in the carrier."""
+    rest = fds[frame.in_segment :]
+    return unload(rest[0], len(frame.kinds)) if frame.in_carrier else rest
+
+
+def close_all(fds: list[int]) -> None:
+    """Empty ``fds``; each is closed by the C call that takes it out, so no signal's handler can come between."""
+    list(map(os.close, map(fds.pop, [-1] * len(fds))))
+
+
+def close_packet(packet: Packet) -> None:
+    """Close the descriptors of a packet that could not be opened."""
+    close_all(descriptors_in(packet[1]))
 
 
 def send_shut(sock: socket.socket) -> None:
+    """Tell a reader of a queue that it was shut down. ``BlockingIOError`` on a full socket."""
     sock.send(SHUT, SEND_FLAGS)
