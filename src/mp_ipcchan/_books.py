@@ -23,7 +23,7 @@ class Books:
     ``idle``: raised when ``tasks`` falls to zero.
     """
 
-    __slots__ = ("__weakref__", "idle", "ledger", "maxsize", "slots", "tasks")
+    __slots__ = ("__weakref__", "idle", "ledger", "maxsize", "plain", "slots", "tasks")
 
     def __init__(self, maxsize: int, ledger_fd: int, counters: list[Counter]) -> None:
         self.maxsize = maxsize
@@ -32,6 +32,8 @@ class Books:
         self.tasks = next(rest, None)
         self.idle = next(rest, None)
         self.ledger = Ledger(ledger_fd, self._settle)
+        #: Whether there is nothing to count but what the ledger does.
+        self.plain = self.slots is None and self.tasks is None
 
     @classmethod
     def new(cls, maxsize: int, joinable: bool) -> Books:

@@ -1,9 +1,8 @@
 """Pipe and its connections: the stdlib's surface over one packet a message.
 
 A connection is a link and says what it may do with it. Unlike a Sender it blocks when the peer
-doesn't read: programs rely on that. But it must take as much before it does as the stdlib's, whose
-one-way pipe holds thousands of small messages where a socket holds hundreds; the difference waits
-in the backlog.
+doesn't read: programs rely on that, and on a message being ahead of every later one of any process
+once ``send`` has returned, which rules out a backlog.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ from ._receiver import view_bytes
 from ._sender import encode_bytes
 from ._transport.unix import PIPE_BUFFER
 from .errors import ProtocolError
-
-#: Bytes that may wait in the backlog before ``send`` blocks: what an ``os.pipe`` holds.
-BACKLOG_LIMIT = 65536
 
 
 class Connection(Delivery, stdlib.Connection):
@@ -70,7 +66,7 @@ class Connection(Delivery, stdlib.Connection):
 
     def _send(self, item: Outgoing) -> None:
         try:
-            self._link.outlet.send_within(item, BACKLOG_LIMIT)
+            self._link.outlet.send_now(item)
         except ConnectionResetError as error:
             # A peer that closed with messages unread; to the caller that is no different.
             raise BrokenPipeError(error.errno, "the other end is closed") from error

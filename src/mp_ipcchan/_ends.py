@@ -6,7 +6,7 @@ import os
 from itertools import starmap
 
 from ._connection import Connection
-from ._inlet import EndOfStream, ShutMark, Spill
+from ._inlet import EndOfStream, ShutMark, Spill, Taken
 from ._link import Link, LinkHandle
 from ._message import Handle, HandleKind, Incoming
 from ._transport.unix import CHANNEL_BUFFER
@@ -35,17 +35,20 @@ class Ends:
         # Asked without a call: a signal's handler that raises here would lose the message.
         if taken.__class__ is not Spill:
             return taken  # type: ignore[return-value]
-        return self._take_from(taken)
+        return self.unroll(taken)
 
-    def _take_from(self, spill: Spill) -> Incoming:
-        """The first message of a process that ended; the rest goes back, for anybody to take."""
+    def unroll(self, taken: Taken) -> Incoming | ShutMark:
+        """Of the messages of a process that ended, the first; the rest goes back, for anybody to take."""
+        if not isinstance(taken, Spill):
+            return taken
+
         held: list[Incoming] = []
         try:
-            held.extend(starmap(spill.pop, ((),)))
-            self._put_back(spill)
+            held.extend(starmap(taken.pop, ((),)))
+            self._put_back(taken)
         except BaseException:
             # A signal's handler raised: what it interrupted stays with this process.
-            self.reader._link.inlet.put_back(*held, *(spill,) * bool(spill.left))
+            self.reader._link.inlet.put_back(*held, *(taken,) * bool(taken.left))
             raise
         return held[0]
 

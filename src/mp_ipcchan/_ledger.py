@@ -71,6 +71,22 @@ class Ledger:
         with self.lock:
             self._words[(self._base or self._claim()) + _BEGUN] += 1
 
+    def put(self, send: Callable[[bytes, int], int], frame: bytes, flags: int) -> bool:
+        """Enter a message and hand it to the kernel by ``send(frame, flags)``, the usual case at one go.
+
+        False, and nothing entered, where the queue was shut down. Raises what ``send`` raises; the
+        message is begun then.
+        """
+        with self.lock:
+            words, base = self._words, self._base or self._claim()
+            words[base + _BEGUN] += 1
+            if words[_STATE]:
+                words[base + _BEGUN] -= 1
+                return False
+            send(frame, flags)
+            words[base + _DELIVERED] += 1
+        return True
+
     def deliver(self, count: int = 1) -> None:
         """The kernel has ``count`` messages that were begun."""
         with self.lock:

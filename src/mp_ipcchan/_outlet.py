@@ -25,10 +25,12 @@ from ._deadline import remaining, wait_for
 from ._message import Message, Outgoing
 from ._transport._frame import pack
 from ._transport._spill import Spill
-from ._transport.unix import SEND_FLAGS, transmit
+from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
 
 #: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
 PACK_SIZE = 16384
+#: How much more must wait (bytes) before a sender that can't pack tries again: an attempt costs a system call.
+_STEP = 512
 #: How long to wait (seconds) where the kernel can't tell when to try again.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
@@ -44,18 +46,18 @@ class Outlet:
         "_pause",
         "_refusal",
         "_retry_at",
-        "_send",
         "_sock",
         "_waiting",
         "backlog",
         "delivered",
         "lock",
         "packs",
+        "send_raw",
     )
 
     def __init__(self, sock: socket.socket, emptied: Callable[[], None]) -> None:
         self._sock = sock
-        self._send = sock.send
+        self.send_raw = sock.send
         self._emptied = emptied
         #: Messages that the kernel hasn't taken, the oldest first.
         self.backlog: deque[Outgoing] = deque()
@@ -83,7 +85,7 @@ class Outlet:
         if isinstance(item, bytes) and not self.backlog:
             # The common case, without the calls.
             try:
-                self._send(item, SEND_FLAGS)
+                self.send_raw(item, SEND_FLAGS)
                 return
             except BlockingIOError:
                 pass
@@ -134,20 +136,16 @@ class Outlet:
             raise
         return True
 
-    def send_within(self, item: Outgoing, limit: int) -> None:
-        """As ``send`` while at most ``limit`` bytes wait; beyond that, wait as long as it takes."""
+    def send_now(self, item: Outgoing) -> None:
+        """Send, and wait until the kernel has it: then it is ahead of whatever anybody sends later."""
         if isinstance(item, bytes) and not self.backlog:
             try:
-                self._send(item, SEND_FLAGS)
+                # Waits in the system call.
+                self.send_raw(item, MSG_NOSIGNAL)
                 return
-            except BlockingIOError:
+            except BlockingIOError:  # somebody has made the socket non-blocking
                 pass
-        if self.try_send(item):
-            return
-        if self._waiting + len(item) <= limit:
-            self.defer(item)
-        else:
-            self.send_by(item, None)
+        self.send_by(item, None)
 
     def _await_room(self, deadline: float | None) -> bool:
         """Wait until trying again makes sense; False at the deadline."""
@@ -169,12 +167,12 @@ class Outlet:
             self.backlog.append(item)
             self._waiting += len(item)
             if len(self.backlog) == 1:
-                self._retry_at = PACK_SIZE
+                self._retry_at = PACK_SIZE if self.packs else _STEP
                 _drainer.add(self)
             elif self._waiting >= self._retry_at:
                 # The sender lends a hand, or it would keep the interpreter to itself while the reader starves.
                 self.drain()
-                self._retry_at = self._waiting + PACK_SIZE
+                self._retry_at = self._waiting + (PACK_SIZE if self.packs else _STEP)
 
     def drain(self) -> bool:
         """Send what the kernel takes now; whether nothing waits any more.

@@ -21,10 +21,10 @@ from ._books import Books
 from ._deadline import deadline_in, remaining
 from ._delivery import Delivery
 from ._ends import Ends
-from ._inlet import ShutMark
+from ._inlet import EndOfStream, ShutMark, Taken
 from ._ledger import DISCARDED, SHUT
 from ._message import Incoming, Message, Outgoing
-from ._transport.unix import send_shut
+from ._transport.unix import SEND_FLAGS, send_shut
 from .errors import Empty, ShutDown
 
 T = TypeVar("T")
@@ -124,6 +124,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         self._maxsize = books.maxsize
         # Others wait for these: multiprocessing.connection.wait, and the stdlib's executors.
         self._reader, self._writer = ends.reader, ends.writer
+        self._inlet = ends.reader._link.inlet
         self._closed = False
         #: Whether this process has put anything, for ``empty`` after ``close``.
         self._used = False
@@ -144,7 +145,19 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         self._put(_codec.encode(obj), block, deadline_in(timeout) if block else None)
 
     def _put(self, item: Outgoing, block: bool, deadline: float | None) -> None:
+        self._used = True
         books, outlet = self._books, self._writer._link.outlet
+        if isinstance(item, bytes) and books.plain and not outlet.backlog:
+            # The usual case, at one go.
+            try:
+                if books.ledger.put(outlet.send_raw, item, SEND_FLAGS):
+                    return
+            except BlockingIOError:
+                outlet.defer(item)
+                return
+            except BaseException:
+                books.cancel()
+                raise
         try:
             books.begin(block, deadline)
         except BaseException:
@@ -159,7 +172,6 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         except BaseException:
             books.cancel()
             raise
-        self._used = True
 
     def put_nowait(self, obj: T) -> None:
         """``put(obj, False)``."""
@@ -197,7 +209,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         return items
 
     def _get(self, block: bool, deadline: float | None, *, keep: bool = False) -> T:
-        return self._deliver(self._reader._link.inlet, block, deadline, keep=keep)  # type: ignore[no-any-return]
+        return self._deliver(self._inlet, block, deadline, None, keep)  # type: ignore[no-any-return]
 
     def _taken(self) -> None:
         self._books.took()
@@ -207,6 +219,21 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """A message that ``books.taking`` was told of."""
+        books = self._books
+        taken: Taken | None = None
+        if books.plain and not books.ledger.state and self._reader._handle is not None:
+            # The usual case, at one go.
+            try:
+                taken = self._inlet.take(block and deadline is None)
+                # Asked without a call: a signal's handler that raises here would lose the message.
+                if taken.__class__ is bytes:
+                    return taken
+            except (BlockingIOError, EndOfStream):
+                pass
+        return self._take_slowly(block, deadline, taken)
+
+    def _take_slowly(self, block: bool, deadline: float | None, first: Taken | None) -> Incoming:
+        """As ``_take``; ``first`` is what the socket had, if it was looked at already."""
         ends, books, ledger = self._ends, self._books, self._books.ledger
         marked = drained = False
         try:
@@ -216,7 +243,8 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 try:
                     # A bounded queue never waits while it owes a slot; a queue that was shut down may
                     # have nothing to wait for.
-                    taken = ends.take(block and deadline is None and not books.slots and not state)
+                    wait = block and deadline is None and not books.slots and not state
+                    taken, first = (ends.take(wait) if first is None else ends.unroll(first)), None
                 except BaseException as error:
                     books.left()
                     if not isinstance(error, BlockingIOError):

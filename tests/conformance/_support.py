@@ -202,7 +202,7 @@ def room_for(descriptors: int) -> Iterator[None]:
 
 
 @contextmanager
-def calling_often(handler: Callable[[], object], interval: float = 0.0001) -> Iterator[None]:
+def calling_often(handler: Callable[[], object], interval: float = 0.001) -> Iterator[None]:
     """Call ``handler`` in the main thread, as a signal's handler, every ``interval`` seconds."""
     previous = signal.signal(signal.SIGALRM, lambda *_: handler())
     signal.setitimer(signal.ITIMER_REAL, interval, interval)

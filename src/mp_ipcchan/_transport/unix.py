@@ -37,6 +37,7 @@ CHANNEL_BUFFER = 65536
 PIPE_BUFFER = 212992
 
 # Plain ints: the socket module's flags are enums, whose operators cost more than a system call.
+MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 _SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)

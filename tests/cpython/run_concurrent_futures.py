@@ -1,0 +1,91 @@
+"""Runs CPython's own tests of ProcessPoolExecutor, as shipped with this interpreter, on mp_ipcchan.
+
+    python run_concurrent_futures.py METHOD [--stock] [--only ID ...]
+
+METHOD is "fork", "spawn" or "forkserver": the test classes of that method run. Prints unittest's
+report, and as its last line a JSON object with the ids of the tests that ran, were skipped, and
+failed. ``--stock`` runs the same without us, to tell which failures are this machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import pkgutil
+import sys
+import unittest
+from collections.abc import Iterator
+
+METHODS = ("fork", "spawn", "forkserver")
+
+
+def check_ours(method: str) -> None:
+    """Stop the process, loudly, where the tests would not be testing us."""
+    import mp_ipcchan
+
+    mp_ipcchan.install(f"ipcchan_{method}")
+    for context in (multiprocessing.get_context(), *map(multiprocessing.get_context, METHODS)):
+        queue = context.SimpleQueue()
+        if type(queue) is not mp_ipcchan.SimpleQueue or not type(context).__module__.startswith("mp_ipcchan"):
+            sys.exit(f"{context!r} makes {queue!r}")
+
+
+def module_names() -> list[str]:
+    """The one module of tests, or those of the package that it became."""
+    root = importlib.import_module("test.test_concurrent_futures")
+    inside = [f"{root.__name__}.{one.name}" for one in pkgutil.iter_modules(getattr(root, "__path__", ()))]
+    return [name for name in inside if ".test_" in name.removeprefix(root.__name__)] or [root.__name__]
+
+
+def cases(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
+    for one in suite:
+        if isinstance(one, unittest.TestSuite):
+            yield from cases(one)
+        else:
+            yield one
+
+
+def is_of(case: unittest.TestCase, method: str) -> bool:
+    """Whether the class of ``case`` runs the process pool by this method; "Fork" is the start of "Forkserver", too."""
+    name = type(case).__name__
+    prefixes = sorted((f"ProcessPool{one.capitalize()}" for one in METHODS), key=len)
+    return [one for one in prefixes if name.startswith(one)][-1:] == [f"ProcessPool{method.capitalize()}"]
+
+
+class Result(unittest.TextTestResult):
+    """Remembers the ids of the tests that ran."""
+
+    ran: list[str]
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        if not hasattr(self, "ran"):
+            self.ran = []
+        self.ran.append(test.id())
+        super().startTest(test)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[])
+    options = parser.parse_args()
+    if not options.stock:
+        check_ours(options.method)
+    found = cases(unittest.defaultTestLoader.loadTestsFromNames(module_names()))
+    chosen = [case for case in found if is_of(case, options.method) and (not options.only or case.id() in options.only)]
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(unittest.TestSuite(chosen))
+    failed = sorted({case.id() for case, _ in (*result.failures, *result.errors)})
+    report = {
+        "ran": getattr(result, "ran", []),
+        "skipped": sorted(case.id() for case, _ in result.skipped),
+        "failed": failed,
+    }
+    print(json.dumps(report))
+    return 0 if result.wasSuccessful() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
