@@ -139,10 +139,10 @@ class _Sink:
 def encode(obj: object) -> Outgoing:
     """The message for ``obj``. Raises whatever pickling it raises; endpoints in it are as before then."""
     try:
-        encoder = _free.pop()
+        encode_kept = _free.pop().encode
     except IndexError:
-        encoder = _Encoder()
-    return encoder.encode(obj)
+        encode_kept = _Encoder().encode
+    return encode_kept(obj)
 
 
 def decoder(parcel: Parcel) -> Iterator[Any]:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from itertools import starmap
 from typing import Any, Protocol
 
 from . import _codec
 from ._inlet import Inlet
-from ._message import Incoming, Parcel
+from ._message import PLAIN, Incoming, Parcel
+from ._transport.unix import AT_ONCE, CUT, WAITING, Packet
 
 
 class Lock(Protocol):
@@ -38,6 +40,11 @@ class Delivery:
         """The next message. It must not be in the hands of a call when it returns."""
         raise NotImplementedError
 
+    #: Whether a packet may be received without asking ``_take``.
+    _direct = True
+    #: Whether ``_taken`` and ``_left`` do anything.
+    _counts = False
+
     def _taken(self) -> None:
         """The message is delivered, or is of no use to anybody."""
 
@@ -55,20 +62,35 @@ class Delivery:
         With ``keep``, a message that can't be decoded is put back, for the next call to fail with.
         """
         incoming: Incoming | None = None
+        box: list[Packet] = []
         decoded: list[Any] = []
         decoding = False
         try:
             try:
-                incoming = self._take(block, deadline)
+                if self._direct and not inlet.ready and not inlet.inbox:
+                    # The usual case: nothing waits in user space, and what comes is a plain packet.
+                    try:
+                        box.extend(starmap(inlet.recvmsg, WAITING if block and deadline is None else AT_ONCE))
+                        data, ancillary, flags, _ = box[0]
+                        if data.startswith(PLAIN) and not ancillary and not flags & CUT:
+                            incoming = data
+                        else:
+                            inlet.keep(box)
+                    except (BlockingIOError, ConnectionResetError):
+                        pass
+                if incoming is None:
+                    incoming = self._take(block, deadline)
                 items = map(self._loads, (incoming,)) if isinstance(incoming, bytes) else self._decoder(incoming)
                 decoding = True
                 decoded.extend(items)
-                self._taken()
+                if self._counts:
+                    self._taken()
             finally:
                 if lock is not None:
                     lock.release()
         except BaseException as error:
             if incoming is None:
+                inlet.keep(box)
                 raise
             intact = isinstance(incoming, bytes) or not incoming.kinds
             if decoding and not decoded and isinstance(error, Exception) and not (keep and intact):

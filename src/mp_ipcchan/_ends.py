@@ -6,7 +6,7 @@ import os
 from itertools import starmap
 
 from ._connection import Connection
-from ._inlet import EndOfStream, ShutMark, Spill, Taken
+from ._inlet import EndOfStream, ShutMark, Spill
 from ._link import Link, LinkHandle
 from ._message import Handle, HandleKind, Incoming
 from ._transport.unix import CHANNEL_BUFFER
@@ -35,13 +35,10 @@ class Ends:
         # Asked without a call: a signal's handler that raises here would lose the message.
         if taken.__class__ is not Spill:
             return taken  # type: ignore[return-value]
-        return self.unroll(taken)
+        return self._unroll(taken)
 
-    def unroll(self, taken: Taken) -> Incoming | ShutMark:
+    def _unroll(self, taken: Spill) -> Incoming:
         """Of the messages of a process that ended, the first; the rest goes back, for anybody to take."""
-        if not isinstance(taken, Spill):
-            return taken
-
         held: list[Incoming] = []
         try:
             held.extend(starmap(taken.pop, ((),)))

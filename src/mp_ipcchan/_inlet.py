@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from itertools import starmap
 from typing import TypeAlias
 
@@ -39,19 +40,19 @@ Taken: TypeAlias = Incoming | Spill | ShutMark
 
 
 class Inlet:
-    __slots__ = ("_inbox", "_ready", "_recvmsg", "_sock", "_waker", "lock")
+    __slots__ = ("_sock", "_waker", "inbox", "lock", "ready", "recvmsg")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._recvmsg = sock.recvmsg
+        self.recvmsg: Callable[[int, int, int], Packet] = sock.recvmsg
         #: Packets of interrupted calls, as received.
-        self._inbox: deque[Packet] = deque()
+        self.inbox: deque[Packet] = deque()
         #: Messages that wait here, the oldest first. A Pack or Spill stands for all that it still holds.
-        self._ready: deque[Incoming | Pack | Spill] = deque()
+        self.ready: deque[Incoming | Pack | Spill] = deque()
         self._waker: _Waker | None = None
         #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
         #: Reentrant: a signal's handler may receive, too.
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
 
     def take(self, wait: bool) -> Taken:
         """The next message. Raises ``BlockingIOError`` where there is none and ``wait`` is false,
@@ -66,12 +67,12 @@ class Inlet:
             opened: list[Opened] = []
             spent: list[int] = []
             try:
-                if self._ready:
+                if self.ready:
                     return self._take_ready()
-                if self._inbox:
-                    box.extend(starmap(self._inbox.popleft, ((),)))
+                if self.inbox:
+                    box.extend(starmap(self.inbox.popleft, ((),)))
                 else:
-                    box.extend(starmap(self._recvmsg, WAITING if wait else AT_ONCE))
+                    box.extend(starmap(self.recvmsg, WAITING if wait else AT_ONCE))
                 data, ancillary, flags, _ = box[0]
                 if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                     return data
@@ -82,7 +83,7 @@ class Inlet:
                     return opened[0]  # type: ignore[return-value]
                 # From one list straight into the other, so that there is one place to rescue it from.
                 del box[0]
-                self._ready.extend(map(opened.pop, (0,)))  # type: ignore[arg-type]
+                self.ready.extend(map(opened.pop, (0,)))  # type: ignore[arg-type]
             except ConnectionResetError:
                 # A peer that closed with packets of ours unread makes the kernel report this once,
                 # ahead of what that peer sent before; only the empty packet is the end.
@@ -97,6 +98,10 @@ class Inlet:
             if self._waker:
                 self._waker.set()
 
+    def keep(self, box: list[Packet]) -> None:
+        """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
+        self.inbox.extend(map(box.pop, (0,) * len(box)))
+
     def _rescue(self, box: list[Packet], opened: list[Opened], spent: list[int], error: BaseException) -> None:
         """Keep what a signal's handler interrupted for the next call; close a packet that is no good."""
         if opened:
@@ -106,22 +111,22 @@ class Inlet:
         elif isinstance(error, (EndOfStream, OSError)) and _is_ours(error):
             close_packet(box[0])
         else:
-            self._inbox.append(box[0])
+            self.inbox.append(box[0])
 
     def _take_ready(self) -> Incoming:
         """The oldest of the messages that wait here. ``IndexError`` where there is none after all."""
-        first = self._ready[0]
+        first = self.ready[0]
         while isinstance(first, (Pack, Spill)):
             if first.left:
-                if self._waker and first.left == 1 and len(self._ready) == 1:
+                if self._waker and first.left == 1 and len(self.ready) == 1:
                     self._waker.clear()
                 return first.pop()
-            self._ready.popleft()
-            first = self._ready[0]
+            self.ready.popleft()
+            first = self.ready[0]
         held: list[Incoming] = []
         try:
-            held.extend(starmap(self._ready.popleft, ((),)))  # type: ignore[arg-type]
-            if self._waker and not self._ready:
+            held.extend(starmap(self.ready.popleft, ((),)))  # type: ignore[arg-type]
+            if self._waker and not self.ready:
                 self._waker.clear()
         except BaseException:
             self.put_back(*held)
@@ -130,20 +135,20 @@ class Inlet:
 
     def put_back(self, *messages: Incoming | Pack | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
-        self._ready.extendleft(reversed(messages))
-        if self._waker and self._ready:
+        self.ready.extendleft(reversed(messages))
+        if self._waker and self.ready:
             self._waker.set()
 
     def await_readable(self, deadline: float | None) -> bool:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
-        if (self._ready or self._inbox) and self.holding:
+        if (self.ready or self.inbox) and self.holding:
             return True
         return wait_for(self._sock.fileno(), select.POLLIN, deadline)
 
     @property
     def holding(self) -> bool:
         """Whether messages wait here, where ``poll`` on the socket doesn't see them."""
-        return bool(self._inbox) or any(not isinstance(one, (Pack, Spill)) or one.left for one in self._ready)
+        return bool(self.inbox) or any(not isinstance(one, (Pack, Spill)) or one.left for one in self.ready)
 
     def fileno(self) -> int:
         """A descriptor that is readable whenever ``take`` would not block.
@@ -160,13 +165,13 @@ class Inlet:
     def unload(self) -> list[Incoming]:
         """Take out all that waits here, for a receiver that moves."""
         messages: list[Incoming] = []
-        while self._inbox:
+        while self.inbox:
             opened: list[Opened] = []
             spent: list[int] = []
-            open_packet(self._inbox.popleft(), opened, spent)
+            open_packet(self.inbox.popleft(), opened, spent)
             close_all(spent)
             if not isinstance(opened[0], ShutMark):
-                self._ready.append(opened[0])
+                self.ready.append(opened[0])
         while self.holding:
             messages.append(self._take_ready())
         return messages
@@ -176,12 +181,12 @@ class Inlet:
         if self._waker:
             self._waker.close()
             self._waker = None
-        while self._ready:
-            waiting = self._ready.popleft()
+        while self.ready:
+            waiting = self.ready.popleft()
             if isinstance(waiting, (Parcel, Spill)):
                 waiting.close()
-        while self._inbox:
-            close_packet(self._inbox.popleft())
+        while self.inbox:
+            close_packet(self.inbox.popleft())
 
     def reset_after_fork(self) -> None:
         """What waits here belongs to the parent; so does the epoll set, which both would share."""

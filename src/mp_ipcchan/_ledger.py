@@ -57,7 +57,7 @@ class Ledger:
         #: Called for a dead process: how many messages it had begun and not delivered, and was taking.
         self._settle = settle
         #: Held while this process's cell changes. Reentrant: a signal's handler may use the queue.
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
         self._words = _segment.map_whole(fd, SIZE).cast("Q")
         _ledgers.add(self)
 

@@ -27,11 +27,11 @@ class Link:
     __slots__ = ("__weakref__", "_inode", "_uses", "inlet", "outlet", "sock")
 
     def __init__(self, sock: socket.socket, inode: int) -> None:
-        self.sock = sock
+        self.sock: socket.socket = sock
         self._inode = inode
         self._uses = 1
-        self.inlet = Inlet(sock)
-        self.outlet = Outlet(sock, self._emptied)
+        self.inlet: Inlet = Inlet(sock)
+        self.outlet: Outlet = Outlet(sock, self._emptied)
         _links[inode] = self
 
     @classmethod

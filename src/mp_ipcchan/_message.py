@@ -67,9 +67,9 @@ class Message:
     __slots__ = ("body", "buffers", "handles")
 
     def __init__(self, body: Sequence[Buffer], buffers: Sequence[Buffer] = (), handles: Sequence[Handle] = ()) -> None:
-        self.body = body
-        self.buffers = buffers
-        self.handles = handles
+        self.body: Sequence[Buffer] = body
+        self.buffers: Sequence[Buffer] = buffers
+        self.handles: Sequence[Handle] = handles
         if len(handles) > MAX_HANDLES:
             self.unsent()
             raise ValueError(f"a message carries at most {MAX_HANDLES} descriptors, not {len(handles)}: send several")
@@ -103,9 +103,9 @@ class Parcel:
     __slots__ = ("_fds", "body", "buffers", "kinds")
 
     def __init__(self, body: Buffer, buffers: Sequence[Buffer], kinds: bytes, fds: list[int]) -> None:
-        self.body = body
-        self.buffers = buffers
-        self.kinds = kinds
+        self.body: Buffer = body
+        self.buffers: Sequence[Buffer] = buffers
+        self.kinds: bytes = kinds
         self._fds = _Descriptors(fds) if fds else None
 
     def filenos(self) -> list[int]:
@@ -135,7 +135,7 @@ class _Descriptors:
     __slots__ = ("fds",)
 
     def __init__(self, fds: list[int]) -> None:
-        self.fds = fds
+        self.fds: list[int] = fds
 
     def close(self) -> None:
         fds, self.fds = self.fds, []

@@ -25,7 +25,7 @@ from ._deadline import remaining, wait_for
 from ._message import Message, Outgoing
 from ._transport._frame import pack
 from ._transport._spill import Spill
-from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
+from ._transport.unix import MSG_NOSIGNAL, transmit
 
 #: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
 PACK_SIZE = 16384
@@ -57,7 +57,7 @@ class Outlet:
 
     def __init__(self, sock: socket.socket, emptied: Callable[[], None]) -> None:
         self._sock = sock
-        self.send_raw = sock.send
+        self.send_raw: Callable[[bytes, int], int] = sock.send
         self._emptied = emptied
         #: Messages that the kernel hasn't taken, the oldest first.
         self.backlog: deque[Outgoing] = deque()
@@ -69,11 +69,11 @@ class Outlet:
         #: Why the kernel refused last (errno).
         self._refusal = 0
         #: Whether the reader understands packed messages (a Receiver does).
-        self.packs = False
+        self.packs: bool = False
         #: Called with the number of messages that have left the backlog, sent or dropped.
         self.delivered: Callable[[int], None] | None = None
         #: Held while the backlog changes. Reentrant: a signal's handler may send, too.
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -82,13 +82,6 @@ class Outlet:
 
     def send(self, item: Outgoing) -> None:
         """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then."""
-        if isinstance(item, bytes) and not self.backlog:
-            # The common case, without the calls.
-            try:
-                self.send_raw(item, SEND_FLAGS)
-                return
-            except BlockingIOError:
-                pass
         if not self.try_send(item):
             self.defer(item)
 
@@ -183,7 +176,7 @@ class Outlet:
             return True
         with self.lock:
             while self.backlog:
-                batch, item = self._next()
+                batch, size, item = self._next()
                 try:
                     transmit(self._sock, item)
                 except OSError as error:
@@ -193,11 +186,11 @@ class Outlet:
                     self._drop_all()
                     raise
                 self._pause = _SHORTEST_PAUSE
+                self._waiting -= size
                 for _ in range(batch):
-                    sent = self.backlog.popleft()
-                    self._waiting -= len(sent)
-                    if not isinstance(sent, bytes):
-                        sent.sent()
+                    self.backlog.popleft()
+                if not isinstance(item, bytes):
+                    item.sent()
                 if self.delivered:
                     self.delivered(batch)
             self._finish()
@@ -207,11 +200,11 @@ class Outlet:
         _drainer.remove(self)
         self._emptied()
 
-    def _next(self) -> tuple[int, Outgoing]:
-        """The packet to send next, and how many messages of the backlog are in it."""
+    def _next(self) -> tuple[int, int, Outgoing]:
+        """What to send next: how many messages of the backlog, their bytes, and the packet that they make."""
         first = self.backlog[0]
         if not (self.packs and isinstance(first, bytes)):
-            return 1, first
+            return 1, len(first), first
         batch: list[bytes] = []
         size = 0
         for item in self.backlog:
@@ -219,7 +212,7 @@ class Outlet:
                 break
             batch.append(item)
             size += len(item)
-        return len(batch), first if len(batch) == 1 else pack(batch)
+        return len(batch), size, first if len(batch) == 1 else pack(batch)
 
     def _drop_all(self) -> None:
         dropped = len(self.backlog)

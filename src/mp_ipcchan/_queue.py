@@ -21,7 +21,7 @@ from ._books import Books
 from ._deadline import deadline_in, remaining
 from ._delivery import Delivery
 from ._ends import Ends
-from ._inlet import EndOfStream, ShutMark, Taken
+from ._inlet import ShutMark
 from ._ledger import DISCARDED, SHUT
 from ._message import Incoming, Message, Outgoing
 from ._transport.unix import SEND_FLAGS, send_shut
@@ -189,7 +189,8 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         now; ``ShutDown``; ``ValueError`` after ``close``.
         """
         self._check_open()
-        return self._get(block, deadline_in(timeout) if block else None)
+        deadline = deadline_in(timeout) if block and timeout is not None else None
+        return self._deliver(self._inlet, block, deadline)  # type: ignore[no-any-return]
 
     def get_nowait(self) -> T:
         """``get(False)``."""
@@ -202,14 +203,17 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         items = [self.get(True, timeout)]
         try:
             while len(items) < max_items:
-                items.append(self._get(False, None, keep=True))
+                items.append(self._deliver(self._inlet, False, None, None, True))
         except Exception:
             # An end or a failure shows again in the next call: this one has something to return.
             pass
         return items
 
-    def _get(self, block: bool, deadline: float | None, *, keep: bool = False) -> T:
-        return self._deliver(self._inlet, block, deadline, None, keep)  # type: ignore[no-any-return]
+    _counts = True
+
+    @property
+    def _direct(self) -> bool:  # type: ignore[override]
+        return self._books.plain and not self._books.ledger.state and self._reader._handle is not None
 
     def _taken(self) -> None:
         self._books.took()
@@ -219,21 +223,6 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """A message that ``books.taking`` was told of."""
-        books = self._books
-        taken: Taken | None = None
-        if books.plain and not books.ledger.state and self._reader._handle is not None:
-            # The usual case, at one go.
-            try:
-                taken = self._inlet.take(block and deadline is None)
-                # Asked without a call: a signal's handler that raises here would lose the message.
-                if taken.__class__ is bytes:
-                    return taken
-            except (BlockingIOError, EndOfStream):
-                pass
-        return self._take_slowly(block, deadline, taken)
-
-    def _take_slowly(self, block: bool, deadline: float | None, first: Taken | None) -> Incoming:
-        """As ``_take``; ``first`` is what the socket had, if it was looked at already."""
         ends, books, ledger = self._ends, self._books, self._books.ledger
         marked = drained = False
         try:
@@ -243,8 +232,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 try:
                     # A bounded queue never waits while it owes a slot; a queue that was shut down may
                     # have nothing to wait for.
-                    wait = block and deadline is None and not books.slots and not state
-                    taken, first = (ends.take(wait) if first is None else ends.unroll(first)), None
+                    taken = ends.take(block and deadline is None and not books.slots and not state)
                 except BaseException as error:
                     books.left()
                     if not isinstance(error, BlockingIOError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar, final
 
@@ -11,7 +12,7 @@ from typing_extensions import Self
 from ._deadline import deadline_in, remaining
 from ._delivery import Delivery
 from ._endpoint import Endpoint
-from ._inlet import EndOfStream, ShutMark
+from ._inlet import EndOfStream, Inlet, ShutMark
 from ._link import Link
 from ._message import PLAIN_SIZE, Incoming, Parcel
 from .errors import Disconnected, Empty, ProtocolError, SerializationError
@@ -29,21 +30,40 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         ``Empty`` when the time is over, ``SerializationError`` for a message that can't be decoded
         (it is gone, the channel goes on), ``ProtocolError`` for a packet that is none of ours.
         """
-        return self._receive(self._link or self._open_link(), None if timeout is None else deadline_in(timeout), True)
+        inlet = (self._link or self._open_link()).inlet
+        deadline = None if timeout is None else deadline_in(timeout)
+        if not inlet.lock.acquire(False):
+            self._await_turn(inlet, deadline)
+        return self._deliver(inlet, True, deadline, inlet.lock)  # type: ignore[no-any-return]
 
     def try_recv(self) -> T_co:
         """The next message, if there is one now, else ``Empty``; otherwise as ``recv``."""
-        return self._receive(self._open_link(), None, False)
+        return self._try_recv(keep=False)
+
+    def _try_recv(self, *, keep: bool) -> T_co:
+        inlet = self._open_link().inlet
+        if not inlet.lock.acquire(False):
+            raise Empty("another thread is receiving")
+        return self._deliver(inlet, False, None, inlet.lock, keep)  # type: ignore[no-any-return]
+
+    def _await_turn(self, inlet: Inlet, deadline: float | None) -> None:
+        """Wait while another thread receives; hold the lock then."""
+        left = remaining(deadline)
+        # The longest that threading takes is some 292 years; longer is forever.
+        if not inlet.lock.acquire(True, -1 if left is None or left > threading.TIMEOUT_MAX else left):
+            raise Empty("another thread is receiving, and no message came")
+        if self._link is None:  # closed or moved meanwhile
+            inlet.lock.release()
+            self._open_link()
 
     def recv_many(self, max_items: int, timeout: float | None = None) -> list[T_co]:
         """Wait for a message as ``recv`` does, and return it with those that are there, 1 to ``max_items``."""
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
-        link = self._open_link()
-        messages = [self._receive(link, deadline_in(timeout), True)]
+        messages = [self.recv(timeout)]
         try:
             while len(messages) < max_items:
-                messages.append(self._receive(link, None, False, keep=True))
+                messages.append(self._try_recv(keep=True))
         except (Disconnected, SerializationError, Empty, OSError):
             # An end or a failure shows again in the next call: this one has something to return.
             pass
@@ -56,13 +76,6 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
                 yield self.recv()
             except Disconnected:
                 return
-
-    def _receive(self, link: Link, deadline: float | None, wait: bool, *, keep: bool = False) -> T_co:
-        lock = link.inlet.lock
-        # Without further ado where nobody else is receiving, as is usual.
-        if not lock.acquire(False) and not (wait and lock.acquire(True, _lock_timeout(deadline))):
-            raise Empty("another thread is receiving, and no message came")
-        return self._deliver(link.inlet, wait, deadline, lock, keep)  # type: ignore[no-any-return]
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         inlet = self._open_link().inlet
@@ -109,12 +122,6 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
 
     def _restore(self, link: Link) -> None:
         self._link, self._moved = link, False
-
-
-def _lock_timeout(deadline: float | None) -> float:
-    left = remaining(deadline)
-    # The longest that threading takes is some 292 years; longer is forever.
-    return -1 if left is None or left > 1e9 else left
 
 
 @final

@@ -38,7 +38,7 @@ class OneShotServer:
 
     def __init__(self) -> None:
         self._directory = _private_directory()
-        self.name = os.path.join(self._directory, "socket")
+        self.name: str = os.path.join(self._directory, "socket")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._remove = weakref.finalize(self, _remove, self._listener, self._directory, os.getpid())
         try:

@@ -12,6 +12,7 @@ from ._deadline import deadline_in
 from ._endpoint import Endpoint
 from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
 from ._outlet import PACK_SIZE
+from ._transport.unix import SEND_FLAGS
 from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError
 
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -36,6 +37,13 @@ class SenderBase(Endpoint, Generic[T_contra]):
         item = self._encode(obj)
         try:
             if timeout is None:
+                if isinstance(item, bytes) and not outlet.backlog:
+                    # The usual case, without further calls.
+                    try:
+                        outlet.send_raw(item, SEND_FLAGS)
+                        return
+                    except BlockingIOError:
+                        pass
                 outlet.send(item)
                 return
             sent = outlet.send_by(item, deadline_in(timeout))

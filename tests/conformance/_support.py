@@ -15,9 +15,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar, Union
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import pytest
+from typing_extensions import Self
 
 from mp_ipcchan import BytesReceiver, BytesSender, Receiver, Sender, bytes_channel, channel
 from mp_ipcchan._message import INLINE_SIZE
@@ -36,9 +37,9 @@ MIB = 1 << 20
 PERSON = ("Patrick Walton", 29)
 SEVEN = bytes(range(1, 8))
 
-AnySender = Union[Sender[Any], BytesSender]
-AnyReceiver = Union[Receiver[Any], BytesReceiver]
-MakePair = Callable[[], tuple[AnySender, AnyReceiver]]
+AnySender: TypeAlias = "Sender[Any] | BytesSender"
+AnyReceiver: TypeAlias = "Receiver[Any] | BytesReceiver"
+MakePair: TypeAlias = Callable[[], tuple[AnySender, AnyReceiver]]
 
 #: For the rows at the level of bytes: on a channel of bytes, and on one of objects.
 both_kinds = pytest.mark.parametrize("make_pair", [bytes_channel, channel], ids=["bytes", "typed"])
@@ -57,8 +58,9 @@ def tagged(size: int, sender: int) -> bytes:
 class InThread(Generic[T]):
     """A call that runs in a thread of its own."""
 
-    def __init__(self, call: Callable[[], T]) -> None:
+    def __init__(self, call: Callable[..., T], *args: object) -> None:
         self._call = call
+        self._args = args
         self._results: list[T] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -66,7 +68,7 @@ class InThread(Generic[T]):
 
     def _run(self) -> None:
         try:
-            self._results.append(self._call())
+            self._results.append(self._call(*self._args))
         except BaseException as error:
             self._error = error
 
@@ -104,7 +106,7 @@ class Child:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +115,7 @@ class Child:
             self._reap()
 
 
-StartChild = Callable[..., Child]
+StartChild: TypeAlias = Callable[..., Child]
 
 
 def bare_fork(call: Callable[[], object]) -> Child:
@@ -149,7 +151,9 @@ class _Forked(Child):
 
 def fork(function: Callable[..., object], *args: object) -> Child:
     """A forked child that calls ``function``, started by our context."""
-    process = multiprocessing.get_context("ipcchan_fork").Process(target=function, args=args)
+    process: BaseProcess = multiprocessing.get_context("ipcchan_fork").Process(  # type: ignore[attr-defined]
+        target=function, args=args
+    )
     process.start()
     return _Forked(process)
 
@@ -180,6 +184,12 @@ def attempts() -> Iterator[None]:
     while time.monotonic() < end:
         yield
     pytest.fail(f"nothing came of it in {LIMIT} seconds")
+
+
+def repeat(call: Callable[..., object], *args: object) -> None:
+    """Call again and again, until that raises what the caller waits for."""
+    for _ in attempts():
+        call(*args)
 
 
 def open_descriptors() -> set[int]:

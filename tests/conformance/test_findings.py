@@ -36,6 +36,9 @@ from ._support import (
     LIMIT,
     MIB,
     PERSON,
+    AnyReceiver,
+    AnySender,
+    Child,
     F,
     InThread,
     MakePair,
@@ -45,6 +48,7 @@ from ._support import (
     calling_often,
     open_descriptors,
     pattern,
+    repeat,
     room_for,
 )
 
@@ -58,6 +62,12 @@ def test_F01_large_send_without_receiver(make_pair: MakePair) -> None:
     rx.close()
     with tx, pytest.raises(ReceiverGone):
         tx.send(pattern(8 * MIB))
+
+
+def kill_after(child: Child, told_rx: Receiver[Any], messages: int) -> None:
+    for _ in range(messages):
+        told_rx.recv(LIMIT)
+    child.kill()
 
 
 @both_kinds
@@ -76,13 +86,15 @@ def test_F01_receiver_killed_during_large_sends(make_pair: MakePair) -> None:
             rx.close()
             told_tx.close()
             data = pattern(4 * MIB)
+            killing = InThread(kill_after, child, told_rx, received_first)
             with pytest.raises(ReceiverGone):
-                for number, _ in enumerate(attempts()):
-                    tx.send(data, timeout=LIMIT)
-                    if number == received_first:
-                        told_rx.recv(LIMIT)
-                        child.kill()
+                repeat(tx.send, data, LIMIT)
+            killing.result()
             child.join()
+
+
+def check_next(rx: AnyReceiver, expected: bytes) -> None:
+    assert rx.try_recv() == expected
 
 
 @both_kinds
@@ -104,8 +116,7 @@ def test_F02_sender_killed_during_large_sends(make_pair: MakePair) -> None:
                 child.kill()
                 child.join()
             with pytest.raises(Empty):
-                while True:
-                    assert rx.try_recv() == data
+                repeat(check_next, rx, data)
         tx.send(b"alive")
         assert rx.recv(LIMIT) == b"alive"
 
@@ -337,7 +348,7 @@ def test_F07_signals_while_connecting() -> None:
     with calling_often(lambda: None):
         for _ in range(50):
             with OneShotServer() as server:
-                client = InThread(lambda name=server.name: send_person(name))  # type: ignore[misc]
+                client = InThread(send_person, server.name)
                 rx, first = server.accept(LIMIT)
                 with rx:
                     assert first == PERSON
@@ -347,6 +358,11 @@ def test_F07_signals_while_connecting() -> None:
 def send_person(name: str) -> None:
     with connect(name, LIMIT) as tx:
         tx.send(PERSON)
+
+
+def send_numbers(tx: AnySender, count: int) -> None:
+    for number in range(count):
+        tx.send(number.to_bytes(2, "little"))
 
 
 @both_kinds
@@ -368,7 +384,7 @@ def test_F08_another_process_takes_the_message(make_pair: MakePair) -> None:
 
     with tx, rx, result_rx, bare_fork(report_share) as child:
         result_tx.close()
-        sending = InThread(lambda: [tx.send(number.to_bytes(2, "little")) for number in range(2000)])
+        sending = InThread(send_numbers, tx, 2000)
         shares = receive_share()
         sending.result()
         shares += result_rx.recv(LIMIT)
@@ -405,7 +421,7 @@ def test_F11_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_F11_no_server(tmp_path: Path, name: str) -> None:
     """Connecting to what isn't there, or has a name longer than a socket's, is an OSError, and leaves no descriptor."""
     before = open_descriptors()
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError):
         connect(str(tmp_path / name), LIMIT)
     assert open_descriptors() == before
 
@@ -418,7 +434,7 @@ def test_F11_server_leaves_no_name() -> None:
         send_person(used.name)
         used.accept(LIMIT)[0].close()
         for name in (closed.name, used.name):
-            with pytest.raises(OSError, match="."):
+            with pytest.raises(OSError):
                 connect(name, LIMIT)
 
 

@@ -31,7 +31,7 @@ def test_P24_server_accept_first() -> None:
         send_seven_bytes_to(name)
 
     with OneShotServer() as server:
-        client = InThread(lambda: come_late(server.name))
+        client = InThread(come_late, server.name)
         rx, first = server.accept(LIMIT)
         with rx:
             assert first == SEVEN
@@ -112,7 +112,7 @@ def test_X05_cross_process_embedded_senders(start: StartChild) -> None:
 @both_starts
 def test_X06_cross_process_two_step_transfer(start: StartChild) -> None:
     """A cookie in a channel, whose receiver is in a second channel, whose receiver goes to the child, comes back."""
-    cookie = "cookie".encode()
+    cookie = b"cookie"
     tx1, rx1 = channel()
     tx2, rx2 = channel()
     tx1.send(cookie)

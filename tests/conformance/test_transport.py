@@ -30,6 +30,7 @@ from ._support import (
     attempts,
     both_kinds,
     pattern,
+    repeat,
     tagged,
 )
 
@@ -43,7 +44,7 @@ def check_transfer(data: bytes, senders: int, in_thread: bool) -> None:
             stack.enter_context(end)
         message = (data, [sub_tx for sub_tx, _ in pairs])
         if in_thread:
-            sending = InThread(lambda: tx.send(message))
+            sending = InThread(tx.send, message)
             received, endpoints = rx.recv(LIMIT)
             sending.result()
         else:
@@ -52,7 +53,7 @@ def check_transfer(data: bytes, senders: int, in_thread: bool) -> None:
         assert received == data
         assert len(endpoints) == senders
         full = pattern(F)
-        for received_tx, (_, sub_rx) in zip(endpoints, pairs):
+        for received_tx, (_, sub_rx) in zip(endpoints, pairs, strict=True):
             assert isinstance(received_tx, Sender)
             received_tx.send(full)
             assert sub_rx.recv(LIMIT) == full
@@ -131,7 +132,7 @@ def test_P07_big_data(make_pair: MakePair) -> None:
     """1 MiB, sent by another thread, arrives equal."""
     tx, rx = make_pair()
     with tx, rx:
-        sending = InThread(lambda: tx.send(pattern(MIB)))
+        sending = InThread(tx.send, pattern(MIB))
         assert rx.recv(LIMIT) == pattern(MIB)
         sending.result()
 
@@ -143,7 +144,7 @@ def test_P08_huge_data(make_pair: MakePair) -> None:
         data = pattern(size)
         tx, rx = make_pair()
         with tx, rx:
-            sending = InThread(lambda tx=tx, data=data: tx.send(data))  # type: ignore[misc]
+            sending = InThread(tx.send, data)
             assert rx.recv(LIMIT) == data
             sending.result()
 
@@ -233,10 +234,7 @@ def check_concurrent_senders(make_pair: MakePair, threads: int, size: int, delay
             by.send(tagged(size, number))
 
     with tx, rx:
-        sending = [
-            InThread(lambda by=tx.clone(), number=number: send(by, number))  # type: ignore[misc]
-            for number in range(threads)
-        ]
+        sending = [InThread(send, tx.clone(), number) for number in range(threads)]
         messages = [spin_try_recv(rx) for _ in range(threads)]
         for thread in sending:
             thread.result()
@@ -277,8 +275,7 @@ def test_P26_no_senders_notification(make_pair: MakePair) -> None:
 def send_until_it_fails(send: Callable[[bytes], object]) -> None:
     """Send seven bytes again and again, until that raises what tells that the receiver is gone, and only that."""
     with pytest.raises(ReceiverGone) as caught:
-        for _ in attempts():
-            send(SEVEN)
+        repeat(send, SEVEN)
     assert not isinstance(caught.value, Disconnected)
 
 
@@ -312,7 +309,7 @@ def test_P29_no_receiver_notification_delayed(make_pair: MakePair) -> None:
     """The receiver is closed while another thread sends without end: sending fails then."""
     tx, rx = make_pair()
     with tx:
-        closing = InThread(lambda: close_after_42_ms(rx))
+        closing = InThread(close_after_42_ms, rx)
         send_until_it_fails(tx.send)
         closing.result()
 
@@ -322,7 +319,7 @@ def test_P29_no_receiver_notification_delayed_blocked(make_pair: MakePair) -> No
     """The receiver is closed while another thread waits for room to send: it wakes with the error."""
     tx, rx = make_pair()
     with tx:
-        closing = InThread(lambda: close_after_42_ms(rx))
+        closing = InThread(close_after_42_ms, rx)
         send_until_it_fails(lambda data: tx.send(data, timeout=LIMIT))
         closing.result()
 

@@ -210,7 +210,7 @@ def test_H19_ipc_sender_is_sync() -> None:
             for number in range(1000):
                 tx.send((thread, number))
 
-        threads = [InThread(lambda thread=thread: send_all(thread)) for thread in range(8)]  # type: ignore[misc]
+        threads = [InThread(send_all, thread) for thread in range(8)]
         received = [rx.recv(LIMIT) for _ in range(8 * 1000)]
         for running in threads:
             running.result()
@@ -222,7 +222,7 @@ def test_H19_ipc_receiver_not_sync() -> None:
     """Threads that receive from one receiver take turns: each message goes to one of them, in its order."""
     tx, rx = channel()
     with rx:
-        threads = [InThread(lambda: list(rx)) for _ in range(4)]
+        threads: list[InThread[list[int]]] = [InThread(list, rx) for _ in range(4)]
         for number in range(1000):
             tx.send(number)
         tx.close()
@@ -257,7 +257,7 @@ def test_H19_ipc_receiver_in_use() -> None:
     with tx, rx, super_tx, super_rx:
         tx.send(SlowToDecode())
         tx.send("next")
-        receiving = InThread(lambda: rx.recv(LIMIT))
+        receiving = InThread(rx.recv, LIMIT)
         try:
             assert _decoding.wait(LIMIT)
             with pytest.raises(Empty):

@@ -250,10 +250,12 @@ def send_from_two(first: Sender[int], second: Sender[int]) -> None:
 
 
 def test_same_sender_twice(start_method: str) -> None:
-    """One sender in two places; the child's channel is open until it has ended."""
+    """Two handles on one channel: each is closed by itself in the child, too."""
     tx, rx = channel()
-    with rx, started(context_of(start_method), send_from_two, tx, tx.clone()):
+    clone = tx.clone()
+    with rx, started(context_of(start_method), send_from_two, tx, clone):
         tx.close()
+        clone.close()
         assert [rx.recv(LIMIT), rx.recv(LIMIT)] == [1, 2]
         with pytest.raises(Disconnected):
             rx.recv(LIMIT)

@@ -14,7 +14,7 @@ from typing import Any, Union
 from mp_ipcchan import JoinableQueue, Queue, SimpleQueue
 
 #: No call of a test waits longer than this (seconds); none that works comes near it.
-LIMIT = 60.0
+LIMIT = 20.0
 #: More messages than the kernel takes for a queue that nobody reads.
 MANY = 100_000
 #: Ends the work of a consumer.

@@ -156,7 +156,7 @@ class Pack:
         self._lengths = frame.lengths
         self._next = 0
         self._position = frame.start
-        self.left = len(frame.lengths)
+        self.left: int = len(frame.lengths)
 
     def pop(self) -> bytes:
         """Take the next frame out."""

@@ -22,6 +22,8 @@ _RAISED = 1 << 22
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 #: How much is read at a time (bytes).
 _CHUNK = 8192
+#: How much is read at a time to be sent on: more than any message that goes in a packet.
+_FORWARD_CHUNK = 1 << 17
 
 
 class Spill:
@@ -33,7 +35,7 @@ class Spill:
         self._segment_fd = segment_fd
         self._size = size
         self._position = position
-        self.left = left
+        self.left: int = left
         self._kinds = kinds
         self._fds = fds
         self._chunk = b""
@@ -85,15 +87,25 @@ class Spill:
     def forward(self, sock: socket.socket) -> None:
         """Send messages as packets of their own, as many as the kernel takes now and nothing special is about."""
         while self.left:
-            body, buffers, kinds, end = self._parse()
-            if buffers or kinds or len(body) > INLINE_SIZE:
+            chunk = _read_at(self._segment_fd, self._position, _FORWARD_CHUNK)
+            at = 0
+            while self.left and at + RECORD_SIZE <= len(chunk):
+                found = parse_record(chunk[at : at + RECORD_SIZE])
+                start = at + RECORD_SIZE
+                at = start + found.body_size
+                if found.table_size or found.body_size > INLINE_SIZE or at > len(chunk):
+                    break
+                try:
+                    sock.send(PLAIN + chunk[start:at], _SEND_FLAGS)
+                except BlockingIOError:
+                    return
+                self._position += at - start + RECORD_SIZE
+                self.left -= 1
+            else:
+                continue
+            if found.table_size or found.body_size > INLINE_SIZE or start == RECORD_SIZE:
+                # Not for a packet of its own, or cut off though it is the first of the chunk: not a whole message.
                 return
-            try:
-                sock.send(PLAIN + body, _SEND_FLAGS)
-            except BlockingIOError:
-                return
-            self._position = end
-            self.left -= 1
 
     def _parse(self) -> tuple[bytes, list[bytes], bytes, int]:
         """The next message: body, buffers, kinds of its handles, and where the one behind it begins."""
