@@ -28,7 +28,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/basedpyright --verifytypes mp_ipcchan --ignoreexternal
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/basedpyright --verifytypes mp_ipcchan --ignoreexternal
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -105,6 +105,9 @@ class Books:
 
     def took(self) -> None:
         """The message was taken."""
+        if self.plain:
+            self.ledger.took()
+            return
         if self.slots:
             self.slots.add(1)
         self.ledger.took()

@@ -12,7 +12,6 @@ with an empty backlog: the messages in it are the parent's to send.
 from __future__ import annotations
 
 import errno
-import resource
 import select
 import socket
 import threading
@@ -25,11 +24,11 @@ from ._deadline import remaining, wait_for
 from ._message import Message, Outgoing
 from ._transport._frame import pack
 from ._transport._spill import Spill
-from ._transport.unix import MSG_NOSIGNAL, transmit
+from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
 
 #: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
 PACK_SIZE = 16384
-#: How much more must wait (bytes) before a sender that can't pack tries again: an attempt costs a system call.
+#: How much more must wait (bytes) before a sender tries again: an attempt costs a system call.
 _STEP = 512
 #: How long to wait (seconds) where the kernel can't tell when to try again.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
@@ -42,11 +41,14 @@ _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC))
 
 class Outlet:
     __slots__ = (
+        "_acks",
         "_emptied",
+        "_last",
         "_pause",
         "_refusal",
         "_retry_at",
         "_sock",
+        "_staged",
         "_waiting",
         "backlog",
         "delivered",
@@ -61,10 +63,15 @@ class Outlet:
         self._emptied = emptied
         #: Messages that the kernel hasn't taken, the oldest first.
         self.backlog: deque[Outgoing] = deque()
+        #: Holds something while what was sent of the backlog, up to ``_last``, is not yet removed from it.
+        self._acks: list[object] = []
+        self._last: Outgoing = b""
+        #: What ``_next`` said when the kernel refused: it needn't be packed again.
+        self._staged: tuple[int, int, Outgoing, Outgoing] | None = None
         #: Bytes in the backlog.
         self._waiting = 0
         #: Appending tries to send again once this many bytes wait.
-        self._retry_at = PACK_SIZE
+        self._retry_at = _STEP
         self._pause = _SHORTEST_PAUSE
         #: Why the kernel refused last (errno).
         self._refusal = 0
@@ -101,7 +108,7 @@ class Outlet:
         try:
             transmit(self._sock, item)
         except OSError as error:
-            if error.errno in _NOT_NOW and not _hopeless(error, item):
+            if error.errno in _NOT_NOW:
                 self._refusal = error.errno
                 return False
             _unsent(item)
@@ -160,12 +167,16 @@ class Outlet:
             self.backlog.append(item)
             self._waiting += len(item)
             if len(self.backlog) == 1:
-                self._retry_at = PACK_SIZE if self.packs else _STEP
+                self._retry_at = _STEP
                 _drainer.add(self)
             elif self._waiting >= self._retry_at:
                 # The sender lends a hand, or it would keep the interpreter to itself while the reader starves.
-                self.drain()
-                self._retry_at = self._waiting + (PACK_SIZE if self.packs else _STEP)
+                try:
+                    self.drain()
+                except OSError:
+                    # The receiver is gone; the next ``send`` will say so.
+                    pass
+                self._retry_at = self._waiting + _STEP
 
     def drain(self) -> bool:
         """Send what the kernel takes now; whether nothing waits any more.
@@ -175,47 +186,77 @@ class Outlet:
         if not self.backlog:
             return True
         with self.lock:
-            while self.backlog:
-                batch, size, item = self._next()
-                try:
-                    transmit(self._sock, item)
-                except OSError as error:
-                    if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
-                        self._refusal = error.errno
-                        return False
-                    self._drop_all()
-                    raise
-                self._pause = _SHORTEST_PAUSE
-                self._waiting -= size
-                for _ in range(batch):
-                    self.backlog.popleft()
-                if not isinstance(item, bytes):
-                    item.sent()
-                if self.delivered:
-                    self.delivered(batch)
+            if self._acks:
+                self._recover()
+            gone = 0
+            try:
+                while self.backlog:
+                    gone += self._send_first()
+            except OSError as error:
+                if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
+                    self._refusal = error.errno
+                    return False
+                self._drop_all()
+                raise
+            finally:
+                if gone:
+                    self._pause = _SHORTEST_PAUSE
+                    if self.delivered:
+                        self.delivered(gone)
             self._finish()
         return True
+
+    def _send_first(self) -> int:
+        """Send the packet that is next, and remove what is in it; how many messages."""
+        if self._staged is None:
+            self._staged = self._next()
+        count, size, self._last, packet = self._staged
+        # Sent and noted in one C call: where a signal's handler raises behind it, the note tells.
+        if isinstance(packet, Message):
+            self._acks.extend(map(transmit, (self._sock,), (packet,)))
+        else:
+            self._acks.extend(map(self.send_raw, (packet,), (SEND_FLAGS,)))
+        self._waiting -= size
+        for _ in range(count):
+            self.backlog.popleft()
+        self._staged = None
+        self._acks.clear()
+        if isinstance(packet, Message):
+            packet.sent()
+        return count
+
+    def _recover(self) -> None:
+        """A signal's handler raised when a packet had been sent and not been removed: remove it now."""
+        count = next((number for number, item in enumerate(self.backlog, 1) if item is self._last), 0)
+        for _ in range(count):
+            self.backlog.popleft()
+        self._waiting = sum(map(len, self.backlog))
+        self._staged = None
+        self._acks.clear()
+        if count and self.delivered:
+            self.delivered(count)
 
     def _finish(self) -> None:
         _drainer.remove(self)
         self._emptied()
 
-    def _next(self) -> tuple[int, int, Outgoing]:
-        """What to send next: how many messages of the backlog, their bytes, and the packet that they make."""
+    def _next(self) -> tuple[int, int, Outgoing, Outgoing]:
+        """What to send next: how many messages, their bytes, the last of them, and the packet that they make."""
         first = self.backlog[0]
-        if not (self.packs and isinstance(first, bytes)):
-            return 1, len(first), first
+        if not self.packs or isinstance(first, Message):
+            return 1, len(first), first, first
         batch: list[bytes] = []
         size = 0
         for item in self.backlog:
-            if not isinstance(item, bytes) or (batch and size + len(item) > PACK_SIZE):
+            if isinstance(item, Message) or (batch and size + len(item) > PACK_SIZE):
                 break
             batch.append(item)
             size += len(item)
-        return len(batch), size, first if len(batch) == 1 else pack(batch)
+        return len(batch), size, batch[-1], first if len(batch) == 1 else pack(batch)
 
     def _drop_all(self) -> None:
         dropped = len(self.backlog)
+        self._staged = None
         while self.backlog:
             _unsent(self.backlog.popleft())
         self._waiting = 0
@@ -241,6 +282,7 @@ class Outlet:
         self.send_spill(rest)
         rest.close()
         count = len(self.backlog)
+        self._staged = None
         while self.backlog:
             sent = self.backlog.popleft()
             if not isinstance(sent, bytes):
@@ -273,6 +315,8 @@ class Outlet:
             if not isinstance(item, bytes):
                 item.sent()
         self._waiting = 0
+        self._staged = None
+        self._acks.clear()
 
 
 def _nothing() -> None: ...
@@ -281,10 +325,3 @@ def _nothing() -> None: ...
 def _unsent(item: Outgoing) -> None:
     if not isinstance(item, bytes):
         item.unsent()
-
-
-def _hopeless(error: OSError, item: Outgoing) -> bool:
-    """Whether a message alone has more descriptors than a user may have in flight: waiting won't help."""
-    if error.errno != errno.ETOOMANYREFS or isinstance(item, bytes):
-        return False
-    return len(item.handles) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
+from multiprocessing import popen_fork
 from pathlib import Path
 from typing import Any
 
@@ -411,7 +411,7 @@ def test_failed_start(method: str) -> None:
 def test_failed_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no process can be made, the receiver stays here, with its messages in order."""
 
-    def refuse() -> int:
+    def refuse(*_: object) -> None:
         raise BlockingIOError
 
     tx, rx = channel()
@@ -420,7 +420,7 @@ def test_failed_fork(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rx.recv(LIMIT) == 0
         process = context_of("fork").Process(target=nothing, args=(rx,))  # type: ignore[attr-defined]
         with monkeypatch.context() as patched, pytest.raises(BlockingIOError):
-            patched.setattr(os, "fork", refuse)
+            patched.setattr(popen_fork.Popen, "_launch", refuse)
             process.start()
         assert [rx.recv(LIMIT) for _ in range(9)] == list(range(1, 10))
 
