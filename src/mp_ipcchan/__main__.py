@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from ._message import INLINE_SIZE
+from ._message import CHANNEL_BUFFER, INLINE_SIZE
 from ._transport import unix
 
 
@@ -29,7 +29,7 @@ def _info() -> str:
         f"descriptors: {soft} (at most {hard}), {len(os.listdir('/proc/self/fd'))} open now",
         "    a channel takes 2, a queue 4 to 6; so many may also wait in unread messages, for all processes of a user",
         f"socket buffers: up to {buffer_limit} bytes each (net.core.wmem_max)",
-        f"    channels and queues ask for {unix.CHANNEL_BUFFER}, pipes for {unix.PIPE_BUFFER};",
+        f"    channels and queues ask for {CHANNEL_BUFFER}, pipes for {unix.PIPE_BUFFER};",
         "    a process that ends with unsent messages asks for more than the former",
         f"messages: above {INLINE_SIZE} bytes they travel in memory segments",
     ]

@@ -65,7 +65,7 @@ class Books:
             if slots is None or slots.take():
                 break
             ledger.cancel()
-            if not block or not self._await_slot(slots, deadline):
+            if (not block or not self._await_slot(slots, deadline)) and not ledger.reclaim_again(_LOOK_EVERY):
                 raise Full(f"the queue holds {self.maxsize} messages")
         if self.tasks:
             self.tasks.add(1)
@@ -130,15 +130,16 @@ class Books:
             self.idle.add(1)
         return taken == count
 
-    def await_idle(self, glance: Callable[[], None]) -> None:
-        """Wait until there are no tasks. ``glance`` is called now and then."""
+    def await_idle(self, glance: Callable[[], bool]) -> None:
+        """Wait until there are no tasks. ``glance`` is called again and again; True, if it waited itself."""
         assert self.tasks
         assert self.idle
         while not self.tasks.is_zero:
+            if glance():
+                continue
             # Lowered only by one who has seen tasks since: whoever else waits need not go now.
             self.idle.take()
             if self.tasks.is_zero:
                 return
             if not self.idle.await_some(deadline_in(_LOOK_EVERY)):
                 self.ledger.reclaim()
-            glance()

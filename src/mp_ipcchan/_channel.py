@@ -11,10 +11,9 @@ from typing import Any
 
 from . import _codec
 from ._link import Link, LinkHandle
-from ._message import Handle, HandleKind, Incoming, Parcel
+from ._message import CHANNEL_BUFFER, Handle, HandleKind, Incoming, Parcel
 from ._receiver import BytesReceiver, Receiver, ReceiverBase
 from ._sender import BytesSender, Sender, SenderBase
-from ._transport.unix import CHANNEL_BUFFER
 
 
 def channel() -> tuple[Sender[Any], Receiver[Any]]:

@@ -132,4 +132,4 @@ def _reset_after_fork() -> None:
 _register_end()
 os.register_at_fork(after_in_child=_reset_after_fork)
 # A child that multiprocessing starts forgets the finalizers that it inherited, after the hook above.
-util.register_after_fork(_drainer_key := threading.local(), _register_end)
+util.register_after_fork(_register_end, _register_end)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from itertools import starmap
 
 from ._connection import Connection
 from ._inlet import EndOfStream, ShutMark, Spill
 from ._link import Link, LinkHandle
-from ._message import Handle, HandleKind, Incoming
-from ._transport.unix import CHANNEL_BUFFER
+from ._message import CHANNEL_BUFFER, Handle, HandleKind, Incoming
+
+#: How long (seconds) anybody waits for a message without looking up.
+LOOK_EVERY = 1.0
+_TIMEVAL = struct.Struct("ll")
 
 
 class Ends:
@@ -22,6 +27,9 @@ class Ends:
     @classmethod
     def new(cls) -> Ends:
         receiving, sending = Link.pair(CHANNEL_BUFFER)
+        # Whoever waits in the kernel comes back now and then, to see what no packet tells: the process
+        # that was to wake it, because the queue was shut down, may have been killed.
+        receiving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(LOOK_EVERY), 0))
         return cls(Connection(receiving, writable=False), Connection(sending, readable=False))
 
     def take(self, wait: bool) -> Incoming | ShutMark:

@@ -14,9 +14,11 @@ a deed and its entry, gives a slot back twice: a bound is loosened by one, never
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -47,7 +49,7 @@ _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 class Ledger:
     """One process's view of a queue's ledger. Owns its descriptor."""
 
-    __slots__ = ("__weakref__", "_base", "_fd", "_lock_fd", "_settle", "_words", "lock")
+    __slots__ = ("__weakref__", "_base", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "_words", "lock")
 
     def __init__(self, fd: int, settle: Callable[[int, int], None]) -> None:
         self._fd = fd
@@ -58,6 +60,8 @@ class Ledger:
         self._settle = settle
         #: Held while this process's cell changes. Reentrant: a signal's handler may use the queue.
         self.lock: threading.RLock = threading.RLock()
+        #: When this process last looked for dead ones (monotonic seconds).
+        self._reclaimed_at = -math.inf
         self._words = _segment.map_whole(fd, SIZE).cast("Q")
         _ledgers.add(self)
 
@@ -130,12 +134,20 @@ class Ledger:
 
     def reclaim(self) -> None:
         """Settle what processes owed that are dead."""
+        self._reclaimed_at = time.monotonic()
         with self.lock:
             own = (self._base or self._claim()) // _WORDS
             for cell in range(1, CELLS):
                 if cell != own and self._owes(cell) and self._lock_cell(cell):
                     self._settle_cell(cell)
                     self._lock_cell(cell, fcntl.F_UNLCK)
+
+    def reclaim_again(self, after: float) -> bool:
+        """``reclaim``, if that was last done more than ``after`` seconds ago; whether it was done now."""
+        if time.monotonic() - self._reclaimed_at < after:
+            return False
+        self.reclaim()
+        return True
 
     def _owes(self, cell: int) -> bool:
         base = cell * _WORDS

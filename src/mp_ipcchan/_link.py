@@ -46,7 +46,8 @@ class Link:
         inode = os.fstat(sock.fileno()).st_ino
         with _lock:
             link = _links.get(inode)
-            if link is not None and link._uses:
+            if link is not None:
+                # In use, or, unused, waiting for its backlog to go: a second one would overtake that.
                 link._uses += 1
                 sock.close()
                 return link
@@ -71,6 +72,7 @@ class Link:
             self._uses -= 1
             if self._uses or self.outlet.backlog:
                 return
+            self._forget()
         self._close()
 
     def _emptied(self) -> None:
@@ -78,11 +80,14 @@ class Link:
         with _lock:
             if self._uses:
                 return
+            self._forget()
         self._close()
 
-    def _close(self) -> None:
+    def _forget(self) -> None:
         if _links.get(self._inode) is self:
             del _links[self._inode]
+
+    def _close(self) -> None:
         self.inlet.close()
         self.outlet.close()
         self.sock.close()

@@ -25,6 +25,9 @@ PLAIN_SIZE = len(PLAIN)
 PACKET_SIZE = 65536
 #: The largest payload that goes in a plain frame (bytes); above it, it goes in a segment.
 INLINE_SIZE = PACKET_SIZE - PLAIN_SIZE
+#: Asked for as the send buffer of a channel's socket (bytes; the kernel doubles it): small enough that a
+#: process that ends can raise it.
+CHANNEL_BUFFER = 65536
 #: The most handles and the most buffers in one message: their tables must fit into the packet.
 MAX_HANDLES = 16384
 MAX_BUFFERS = 1024

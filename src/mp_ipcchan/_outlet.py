@@ -255,6 +255,8 @@ class Outlet:
         return len(batch), size, batch[-1], first if len(batch) == 1 else pack(batch)
 
     def _drop_all(self) -> None:
+        if not self.backlog:
+            return
         dropped = len(self.backlog)
         self._staged = None
         while self.backlog:
@@ -265,22 +267,32 @@ class Outlet:
         self._finish()
 
     def spill(self) -> None:
-        """Send all that waits as one last packet. It waits for the reader only where even that has no room."""
-        with self.lock:
-            if not self.backlog:
-                return
+        """Send all that waits as one last packet.
+
+        It waits for the reader only where even that has no room, or where the messages carry more
+        descriptors than this user may have in flight.
+        """
+        while True:
             try:
-                if not self.drain():
-                    self._spill()
-            except OSError:
-                # The reader is gone, and with it everybody who could miss something.
-                if self.backlog:
+                with self.lock:
+                    if not self.drain():
+                        self._spill()
+                return
+            except OSError as error:
+                if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
+                    self._refusal = error.errno
+                else:
+                    # The reader is gone, and with it everybody who could miss something.
                     self._drop_all()
+                    return
+            self._await_room(None)
 
     def _spill(self) -> None:
         rest = Spill.of(self.backlog)
-        self.send_spill(rest)
-        rest.close()
+        try:
+            rest.send_last(self._sock)
+        finally:
+            rest.close()
         count = len(self.backlog)
         self._staged = None
         while self.backlog:
@@ -291,18 +303,6 @@ class Outlet:
         if self.delivered:
             self.delivered(count)
         self._finish()
-
-    def send_spill(self, rest: Spill) -> None:
-        """Send ``rest`` past the socket's usual limit."""
-        while True:
-            try:
-                rest.send_last(self._sock)
-                return
-            except OSError as error:
-                if error.errno not in _NOT_NOW and error.errno not in _SHORTAGE:
-                    raise
-                self._refusal = error.errno
-            self._await_room(None)
 
     def close(self) -> None:
         # Breaks the cycle with the link, so that neither waits for the garbage collector.

@@ -116,12 +116,12 @@ class ForkServerPopen(Launch, popen_forkserver.Popen):
     def _pass(self, fd: int) -> Any:
         if len(self._duplicates) < self._DIRECT:
             return super()._pass(fd)
-        if self._carrier is None or not self._carrier.add(fd):
+        if self._carrier is None or not self._carrier.add([fd]):
             if self._carrier is not None:
                 self._carrier.close()
             self._carrier = Carrier()
             self._carrier_token = super()._pass(self._carrier.fileno())
-            self._carrier.add(fd)
+            self._carrier.add([fd])
         return _CarriedFd(self._carrier_token, self._carrier.count - 1)
 
 
@@ -144,18 +144,25 @@ _unloaded: dict[int, list[int]] = {}
 
 
 class ForkProcess(context.ForkProcess):
+    # A child makes the context of this name its default before it runs its target.
+    _start_method = "ipcchan_fork"
+
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> ForkPopen:
         return ForkPopen(process_obj)
 
 
 class SpawnProcess(context.SpawnProcess):
+    _start_method = "ipcchan_spawn"
+
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> SpawnPopen:
         return SpawnPopen(process_obj)
 
 
 class ForkServerProcess(context.ForkServerProcess):
+    _start_method = "ipcchan_forkserver"
+
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> ForkServerPopen:
         return ForkServerPopen(process_obj)

@@ -20,7 +20,7 @@ from . import _codec
 from ._books import Books
 from ._deadline import deadline_in, remaining
 from ._delivery import Delivery
-from ._ends import Ends
+from ._ends import LOOK_EVERY, Ends
 from ._inlet import ShutMark
 from ._ledger import DISCARDED, SHUT
 from ._message import Incoming, Message, Outgoing
@@ -65,6 +65,7 @@ class SimpleQueue(Delivery, _StdlibSimpleQueue, Generic[T]):
 
     def get(self) -> T:
         """Take a message; waits for one."""
+        self._reader._check_closed()
         return self._deliver(self._reader._link.inlet, True, None)  # type: ignore[no-any-return]
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
@@ -262,10 +263,10 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 self._mark_shut()
 
     def _await_message(self, deadline: float | None, shut: bool) -> bool:
+        """Wait for a message, though not for long at a time: False at the deadline."""
         left = remaining(deadline)
-        if not shut:
-            return self._ends.await_readable(deadline)
-        self._ends.await_readable(deadline_in(_GLANCE_EVERY if left is None else min(left, _GLANCE_EVERY)))
+        longest = _GLANCE_EVERY if shut else LOOK_EVERY
+        self._ends.await_readable(deadline_in(longest if left is None else min(left, longest)))
         return left is None or left > 0
 
     # -- the end -----------------------------------------------------------------------------
@@ -278,9 +279,9 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         """
         self._check_open()
         self._books.shut(DISCARDED if immediate else SHUT)
-        self._mark_shut()
         if immediate:
             self._discard_all()
+        self._mark_shut()
 
     def _mark_shut(self) -> None:
         """Wake a process that waits in ``get``; it wakes the next. On a full socket nobody waits."""
@@ -309,7 +310,6 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 self._books.left()
             else:
                 self._discard(taken)
-        self._mark_shut()
 
     def close(self) -> None:
         """This process puts and takes nothing more through this object. What it has put still arrives."""
@@ -366,6 +366,10 @@ class JoinableQueue(Queue[T]):
         """Wait until every task is done."""
         self._books.await_idle(self._glance)
 
-    def _glance(self) -> None:
-        if self._books.ledger.state == DISCARDED:
-            self._discard_all()
+    def _glance(self) -> bool:
+        if self._books.ledger.state != DISCARDED:
+            return False
+        # Others hand over what they had not sent; it is to be discarded as well.
+        self._discard_all()
+        self._ends.await_readable(deadline_in(_GLANCE_EVERY))
+        return True

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from ._deadline import deadline_in, remaining, wait_for
 from ._link import Link
+from ._message import CHANNEL_BUFFER
 from ._receiver import Receiver
 from ._sender import Sender
 from ._transport import unix
@@ -42,7 +43,7 @@ class OneShotServer:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._remove = weakref.finalize(self, _remove, self._listener, self._directory, os.getpid())
         try:
-            unix.prepare(self._listener, unix.CHANNEL_BUFFER)
+            unix.prepare(self._listener, CHANNEL_BUFFER)
             self._listener.bind(self.name)
             self._listener.listen(8)
         except BaseException:
@@ -76,7 +77,7 @@ class OneShotServer:
                 break
             client.close()
         self.close()
-        unix.prepare(client, unix.CHANNEL_BUFFER)
+        unix.prepare(client, CHANNEL_BUFFER)
         return Receiver(Link.of(client))
 
     @property
@@ -84,8 +85,11 @@ class OneShotServer:
         return not self._remove.alive
 
     def close(self) -> None:
-        """Stop listening and remove the name; closing twice does nothing."""
+        """Stop listening, remove the name, and drop a client that ``accept`` hasn't returned; may be called twice."""
         self._remove()
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +130,7 @@ def connect(name: str, timeout: float | None = None) -> Sender[Any]:
         raise OSError(f"a server's name has at most {_LONGEST_PATH} bytes, this one has {len(os.fsencode(name))}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        unix.prepare(sock, unix.CHANNEL_BUFFER)
+        unix.prepare(sock, CHANNEL_BUFFER)
         if timeout is not None:
             # The kernel's own limit: a non-blocking connect would fail at once on a full queue.
             seconds = max(timeout, 0.000001)

@@ -27,7 +27,7 @@ def check_ours(method: str) -> None:
 
     mp_ipcchan.install(f"ipcchan_{method}")
     for context in (multiprocessing.get_context(), *map(multiprocessing.get_context, METHODS)):
-        queue = context.SimpleQueue()
+        queue: object = context.SimpleQueue()
         if type(queue) is not mp_ipcchan.SimpleQueue or not type(context).__module__.startswith("mp_ipcchan"):
             sys.exit(f"{context!r} makes {queue!r}")
 
@@ -76,7 +76,8 @@ def main() -> int:
         check_ours(options.method)
     found = cases(unittest.defaultTestLoader.loadTestsFromNames(module_names()))
     chosen = [case for case in found if is_of(case, options.method) and (not options.only or case.id() in options.only)]
-    result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(unittest.TestSuite(chosen))
+    runner = unittest.TextTestRunner(resultclass=Result, verbosity=2)  # type: ignore[arg-type]
+    result = runner.run(unittest.TestSuite(chosen))
     failed = sorted({case.id() for case, _ in (*result.failures, *result.errors)})
     report = {
         "ran": getattr(result, "ran", []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import popen_fork
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Slotted:
 
 class Node(list[Any]):
     """A list with attributes, which may contain itself."""
+
+    rx: Receiver[Any]
 
 
 # -- a receiver moves, a sender is copied -----------------------------------------------------
@@ -147,7 +150,7 @@ def test_bound_method(start_method: str) -> None:
         check_relayed(tx, rx, moved, copied)
 
 
-class ForkRelay(context_of("fork").Process):  # type: ignore[misc,name-defined]
+class ForkRelay(context_of("fork").Process):  # type: ignore[misc]
     rx: Receiver[Any]
     tx: Sender[Any]
 
@@ -155,11 +158,11 @@ class ForkRelay(context_of("fork").Process):  # type: ignore[misc,name-defined]
         relay(self.rx, self.tx)
 
 
-class SpawnRelay(context_of("spawn").Process):  # type: ignore[misc,name-defined]
+class SpawnRelay(context_of("spawn").Process):  # type: ignore[misc]
     run = ForkRelay.run
 
 
-class ForkserverRelay(context_of("forkserver").Process):  # type: ignore[misc,name-defined]
+class ForkserverRelay(context_of("forkserver").Process):  # type: ignore[misc]
     run = ForkRelay.run
 
 
@@ -310,7 +313,7 @@ KEPT: list[Any] = []
 
 def use_what_was_not_given(queue: Queue[Any]) -> None:
     errors = []
-    for call in (lambda: KEPT[0].send(1), lambda: KEPT[1].recv(LIMIT)):
+    for call in (partial(KEPT[0].send, 1), partial(KEPT[1].recv, LIMIT)):
         try:
             call()
         except EndpointClosed:

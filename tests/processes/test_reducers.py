@@ -43,7 +43,7 @@ from ._support import METHODS, context_of, started
 @pytest.fixture(params=METHODS)
 def stock(request: pytest.FixtureRequest) -> BaseContext:
     """The stdlib's own contexts."""
-    return multiprocessing.get_context(request.param)
+    return multiprocessing.get_context(str(request.param))
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_through_a_stock_pipe(stock: BaseContext) -> None:
 
 @pytest.mark.usefixtures("_no_sharer")
 def test_through_a_stock_manager(stock: BaseContext) -> None:
-    """The same through a list and a queue that live in the stdlib's manager, which takes them apart and sends them on."""
+    """The same through a list and a queue in the stdlib's manager, which takes them apart and sends them on."""
     with stock.Manager() as manager:
         items = manager.list()
         queue = manager.Queue()
@@ -388,19 +388,14 @@ def test_copies_of_senders(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [channel, bytes_channel])
-def test_deep_copies_of_senders(make: Any) -> None:
-    """``copy.deepcopy`` either makes such a handle, or says why not, as pickle does."""
+def test_no_deep_copies_of_senders(make: Any) -> None:
+    """``copy.deepcopy`` would share what it promises not to: it says so, and the sender works as before."""
     tx, rx = make()
     with tx, rx:
-        try:
-            (second,) = copy.deepcopy([tx])
-        except TypeError as error:
-            assert "send them" in str(error)
-        else:
-            with second:
-                assert second is not tx
-                second.send(b"by the copy")
-                assert rx.recv(LIMIT) == b"by the copy"
+        with pytest.raises(TypeError):
+            copy.deepcopy([tx])
+        tx.send(b"message")
+        assert rx.recv(LIMIT) == b"message"
 
 
 @pytest.mark.parametrize("make", [channel, bytes_channel])

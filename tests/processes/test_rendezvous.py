@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_client_that_was_never_accepted() -> None:
 
 
 def test_accept_twice() -> None:
-    """A server has one client: the second ``accept`` is ``EndpointClosed``, and the second ``connect`` an ``OSError``."""
+    """A server has one client: ``accept`` is ``EndpointClosed`` the second time, and ``connect`` an ``OSError``."""
     with OneShotServer() as server:
         with connect(server.name, LIMIT) as tx:
             tx.send(1)
@@ -188,7 +189,7 @@ def test_connect_timeout(tmp_path: Path) -> None:
 
 
 def test_long_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the temporary directory's path is too long for a socket, the name is somewhere else, and is removed, too."""
+    """Where the temporary directory's path is too long for a socket, the name is elsewhere, and is removed, too."""
     directory = tmp_path / ("long" * 25)
     directory.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
@@ -255,8 +256,8 @@ def test_default_timeout_of_sockets(start_method: str) -> None:
         copied.close()
         far.close()
         big = pattern(200_000)
-        with socket.socketpair()[0] as plain, tx:
-            for message in (1, big, Fd(plain)):
+        with open(os.devnull) as file, Fd(file) as fd, tx:
+            for message in (1, big, fd):
                 tx.send(message)
             assert rx.recv() == 1
             assert rx.recv(LIMIT) == big
@@ -290,7 +291,7 @@ def test_default_timeout_and_servers() -> None:
         client.result()
     near, far = Pipe()
     with near, far:
-        writer = InThread(lambda: [near.send(number) for number in range(5000)])
+        writer = InThread(lambda: deque(map(near.send, range(5000)), maxlen=0))
         time.sleep(0.05)
         assert [far.recv() for _ in range(5000)] == list(range(5000))
         writer.result()

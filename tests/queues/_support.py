@@ -9,18 +9,20 @@ import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Union
+from typing import Any, TypeAlias
+
+from typing_extensions import Self
 
 from mp_ipcchan import JoinableQueue, Queue, SimpleQueue
 
 #: No call of a test waits longer than this (seconds); none that works comes near it.
-LIMIT = 20.0
+LIMIT = 30.0
 #: More messages than the kernel takes for a queue that nobody reads.
 MANY = 100_000
 #: Ends the work of a consumer.
 STOP = "stop"
 
-AnyQueue = Union[Queue[Any], JoinableQueue[Any], SimpleQueue[Any]]
+AnyQueue: TypeAlias = Queue[Any] | JoinableQueue[Any] | SimpleQueue[Any]
 
 
 class Crew:
@@ -41,7 +43,7 @@ class Crew:
         for process in processes or self._processes:
             assert end_of(process) == 0
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

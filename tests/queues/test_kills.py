@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from mp_ipcchan import JoinableQueue, Queue, Receiver, Sender, SimpleQueue, channel
-
 from tests.conformance._support import InThread
 
 from ._support import LIMIT, STOP, AnyQueue, Crew, collect, kill, pid_of, put_all, take, until

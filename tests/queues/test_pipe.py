@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import pickle
 import random
 import selectors
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from mp_ipcchan import Connection, Pipe, Receiver, channel
+from mp_ipcchan import Connection, Pipe, Queue, Receiver, channel
 from mp_ipcchan._message import INLINE_SIZE
 from tests.conformance._support import InThread
 
 from ._support import LIMIT, Crew, end_of, is_asleep, kill, until
 
-Ends = tuple[Any, Any]
 SIZES = [0, 1, INLINE_SIZE - 1, INLINE_SIZE, INLINE_SIZE + 1, 65535, 65536, 65537, 50 << 20]
 
 
@@ -92,7 +91,7 @@ def _surface(first: Any, second: Any) -> Iterator[object]:
     with second as same:
         yield same is second
     yield second.closed, _outcome(lambda: second.send(1)), _outcome(lambda: second.send_bytes(b""))
-    yield _outcome(second.recv), _outcome(second.poll), _outcome(second.fileno), _outcome(second.__enter__)
+    yield _outcome(second.recv), _outcome(second.poll), _outcome(second.fileno)
     second.close()
     yield first.poll(), _outcome(first.recv), _outcome(first.recv_bytes), _outcome(lambda: first.recv_bytes_into(into))
     if first.writable:
@@ -137,10 +136,9 @@ def test_unpicklable() -> None:
         with pytest.raises((AttributeError, pickle.PicklingError)):
             second.send(lambda: None)
         with pytest.raises(TypeError):
-            second.send([1, open])  # noqa: PTH123
-            second.send(io.StringIO().write)
+            second.send(threading.Lock())
         second.send("next")
-        assert first.recv() in ([1, open], "next")
+        assert first.recv() == "next"
 
 
 # -- waiting ---------------------------------------------------------------------------------
@@ -248,7 +246,7 @@ def test_reader_killed(crew: Crew, size: int) -> None:
         with second:
             child = crew.start(_receive, first)
             first.close()
-            sending = InThread(lambda end=second: _send_until_broken(end, size))  # type: ignore[misc]
+            sending = InThread(lambda end=second: _send_until_broken(end, size))
             time.sleep(dice.uniform(0, 0.02))
             kill(child)
             sending.result()
@@ -276,21 +274,23 @@ def test_reader_killed_that_never_reads(crew: Crew) -> None:
         sending.result()
 
 
-def _send_in_turns(end: Connection, lock: Any, counter: Any, count: int) -> None:
+def _send_in_turns(end: Connection, lock: Any, turns: Queue[int], count: int) -> None:
     for _ in range(count):
         with lock:
-            counter.value += 1
-            end.send((counter.value, bytes(counter.value % 3 * 50_000)))
+            number = turns.get(timeout=LIMIT)
+            end.send((number, bytes(number % 3 * 50_000)))
+            turns.put(number + 1)
 
 
-def test_order_across_processes(any_crew: Crew, start_method: str) -> None:
+def test_order_across_processes(any_crew: Crew, start_method: str, queue: Queue[int]) -> None:
     """Messages of two processes that send in turns arrive in that order."""
     context = multiprocessing.get_context(f"ipcchan_{start_method}")
     count = 1000
     with pipe(duplex=False) as (reading, writing):
-        lock, counter = context.Lock(), context.Value("q", 0, lock=False)
+        lock = context.Lock()
+        queue.put(1)
         for _ in range(2):
-            any_crew.start(_send_in_turns, writing, lock, counter, count)
+            any_crew.start(_send_in_turns, writing, lock, queue, count)
         for expected in range(1, 2 * count + 1):
             assert reading.poll(LIMIT)
             number, data = reading.recv()

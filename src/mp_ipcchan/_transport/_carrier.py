@@ -59,7 +59,7 @@ def unload(fd: int, count: int) -> list[int]:
 
 
 class Carrier:
-    """A carrier that is loaded bit by bit, while nobody knows yet how much there will be."""
+    """A carrier that is loaded bit by bit; what was added together can be unloaded by itself."""
 
     def __init__(self) -> None:
         self._inner, self._outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -70,14 +70,19 @@ class Carrier:
         """The end that travels."""
         return self._outer.fileno()
 
-    def add(self, fd: int) -> bool:
-        """Put a reference to ``fd`` in; False where the carrier is full."""
+    def add(self, fds: Sequence[int]) -> bool:
+        """Put references to ``fds`` in, at most ``MAX_IN_PACKET`` at a time; False where the carrier is full."""
         try:
-            socket.send_fds(self._inner, [b"c"], [fd], socket.MSG_DONTWAIT)
+            socket.send_fds(self._inner, [b"c"], fds, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        self.count += 1
+        self.count += len(fds)
         return True
+
+    def detach(self) -> int:
+        """Give away the end that travels; nothing can be added any more."""
+        self._inner.close()
+        return self._outer.detach()
 
     def close(self) -> None:
         self._inner.close()

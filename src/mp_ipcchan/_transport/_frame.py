@@ -13,7 +13,7 @@ payload lies in a segment, the body and the buffers, back to back.
     kind      handles          lengths                   payload
     ENVELOPE  the message's    sizes of its buffers      body, buffers
     PACK      none             sizes of the frames       plain frames, back to back
-    SPILL     of all messages  position, messages left   in a segment always: records
+    SPILL     its carriers     position, messages left   in a segment always: records
     SHUT      none             none                      none: the queue was shut down
 
 In a segment the buffers are aligned (``_segment.layout``). Descriptors lie in the packet in this
@@ -127,6 +127,8 @@ def _check_payload(frame: Frame, present: int) -> None:
         expected = 0
         if not frame.in_segment or len(frame.lengths) != 2 or frame.lengths[0] > frame.body_size:
             raise ProtocolError("the last packet of a process says wrongly where its messages lie")
+        if frame.in_carrier:
+            raise ProtocolError("the last packet of a process comes in a carrier")
     else:
         expected = 0
         if frame.flags or frame.kinds or frame.lengths or frame.body_size:

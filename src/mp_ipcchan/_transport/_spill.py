@@ -12,13 +12,14 @@ import socket
 from collections.abc import Sequence
 
 from .. import _segment
-from .._message import INLINE_SIZE, PLAIN, PLAIN_SIZE, Handle, Message, Outgoing, Parcel
+from .._message import CHANNEL_BUFFER, INLINE_SIZE, PLAIN, PLAIN_SIZE, HandleKind, Message, Outgoing, Parcel
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, load
-from ._frame import CARRIER_FLAG, RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
+from ._carrier import MAX_IN_PACKET, Carrier, load, unload
+from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
 
-#: Asked for while the last packet goes out (bytes); the kernel gives what net.core.wmem_max allows.
-_RAISED = 1 << 22
+#: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
+#: net.core.wmem_max allows. Two steps: a process killed at the first leaves room for others to use the second.
+_RAISED = (131072, 1 << 22, 1 << 22, 1 << 22)
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 #: How much is read at a time (bytes).
 _CHUNK = 8192
@@ -27,42 +28,43 @@ _FORWARD_CHUNK = 1 << 17
 
 
 class Spill:
-    """The messages of a process that has ended, taken one by one. Owns its descriptors."""
+    """The messages of a process that has ended, taken one by one. Owns its descriptors.
 
-    __slots__ = ("_chunk", "_chunk_start", "_fds", "_kinds", "_position", "_segment_fd", "_size", "left")
+    Those of the messages lie in carriers, in order, and are taken out message by message: a
+    reader needs no more descriptors than it would if each had come by itself.
+    """
 
-    def __init__(self, segment_fd: int, size: int, position: int, left: int, kinds: bytes, fds: list[int]) -> None:
+    __slots__ = ("_carriers", "_chunk", "_chunk_start", "_position", "_segment_fd", "_size", "left")
+
+    def __init__(self, segment_fd: int, size: int, position: int, left: int, carriers: list[int]) -> None:
         self._segment_fd = segment_fd
         self._size = size
         self._position = position
         self.left: int = left
-        self._kinds = kinds
-        self._fds = fds
+        self._carriers = carriers
         self._chunk = b""
         self._chunk_start = 0
 
     @classmethod
     def of(cls, items: Sequence[Outgoing]) -> Spill:
-        """Lay ``items`` out in a new segment. Their handles stay theirs: the spill duplicates the descriptors."""
+        """Lay ``items`` out in a new segment and carriers. Their handles stay theirs."""
         pieces: list[bytes | bytearray | memoryview] = []
-        handles: list[Handle] = []
+        loads: list[list[int]] = []
         for item in items:
             message = item if isinstance(item, Message) else Message([memoryview(item)[PLAIN_SIZE:]])
             body = b"".join(message.body)
             kinds = bytes(handle.kind for handle in message.handles)
             pieces += (record(len(body), [memoryview(b).nbytes for b in message.buffers], kinds), body)
             pieces += message.buffers
-            handles += message.handles
+            if kinds:
+                loads.append([handle.fileno() for handle in message.handles])
         segment_fd = _segment.create(pieces, ())
-        fds: list[int] = []
         try:
-            fds += (os.dup(handle.fileno()) for handle in handles)
-            size = os.fstat(segment_fd).st_size
-            return cls(segment_fd, size, 0, len(items), bytes(handle.kind for handle in handles), fds)
+            carriers = _load_all(loads)
         except BaseException:
-            for fd in (segment_fd, *fds):
-                os.close(fd)
+            os.close(segment_fd)
             raise
+        return cls(segment_fd, os.fstat(segment_fd).st_size, 0, len(items), carriers)
 
     def pop(self) -> bytes | Parcel:
         """Take the next message out. ``ProtocolError``, and nothing left, where the segment is not as it should be."""
@@ -71,18 +73,17 @@ class Spill:
         except ProtocolError:
             self.close()
             raise
-        fds = self._fds[: len(kinds)]
-        rest = self._fds[len(kinds) :], self._kinds[len(kinds) :]
+        copies = [bytearray(buffer) for buffer in buffers]
         message: list[bytes | Parcel] = []
-        if not kinds and not buffers:
-            message.append(PLAIN + body)
-        else:
-            message.extend(map(Parcel, (body,), ([bytearray(buffer) for buffer in buffers],), (kinds,), (fds,)))
-        # Taken from here on: no call follows, hence no signal's handler.
-        self._fds, self._kinds = rest
+        if not kinds:
+            if buffers:
+                message.append(Parcel(body, copies, kinds, []))
+            else:
+                message.append(PLAIN + body)
+        # Taken from here on: no call follows for a message without descriptors, hence no signal's handler.
         self._position = end
         self.left -= 1
-        return message[0]
+        return message[0] if message else Parcel(body, copies, kinds, self._unload(len(kinds)))
 
     def forward(self, sock: socket.socket) -> None:
         """Send messages as packets of their own, as many as the kernel takes now and nothing special is about."""
@@ -129,44 +130,45 @@ class Spill:
             raise ProtocolError("the last packet of a process ends in the middle of a message")
         return self._chunk[start : start + size]
 
+    def _unload(self, count: int) -> list[int]:
+        """The next message's descriptors. ``OSError`` where this process has no room; the message is lost then."""
+        while self._carriers:
+            try:
+                return unload(self._carriers[0], count)
+            except ProtocolError:
+                # Empty. Each message's are in one carrier.
+                os.close(self._carriers.pop(0))
+        raise ProtocolError("the last packet of a process brings too few descriptors")
+
     def send_last(self, sock: socket.socket) -> None:
         """Send what is left as one packet, past the socket's usual limit.
 
         Raises ``BlockingIOError`` where even the raised limit is reached; the spill is whole then.
         """
-        usual = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(_RAISED, usual))
+        kinds = bytes([HandleKind.FILE] * len(self._carriers))
+        frame = head(FrameKind.SPILL, SEGMENT_FLAG, kinds, (self._position, self.left), self._size)
         try:
-            self._send(sock)
+            for raised in _RAISED:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, raised)
+                try:
+                    socket.send_fds(sock, [frame], [self._segment_fd, *self._carriers], _SEND_FLAGS)
+                    return
+                except BlockingIOError:
+                    # Or another process has lowered it meanwhile.
+                    continue
         finally:
-            # Lowered again, or the next process to end would find no room to raise it by.
-            # The kernel doubles what it is told.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual // 2)
-
-    def _send(self, sock: socket.socket) -> None:
-        fds = [self._segment_fd]
-        flags = SEGMENT_FLAG
-        carrier = -1
-        if len(self._fds) >= MAX_IN_PACKET:
-            carrier = load(self._fds)
-            fds.append(carrier)
-            flags |= CARRIER_FLAG
-        else:
-            fds += self._fds
-        try:
-            frame = head(FrameKind.SPILL, flags, self._kinds, (self._position, self.left), self._size)
-            socket.send_fds(sock, [frame], fds, _SEND_FLAGS)
-        finally:
-            if carrier >= 0:
-                os.close(carrier)
+            # Lowered again, or the next process to end would find no room to raise it by. Not to what it
+            # was: a process may have been killed before it came here.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+        raise BlockingIOError
 
     def close(self) -> None:
         self.left = 0
         if self._segment_fd >= 0:
             segment_fd, self._segment_fd = self._segment_fd, -1
             os.close(segment_fd)
-        fds, self._fds = self._fds, []
-        for fd in fds:
+        carriers, self._carriers = self._carriers, []
+        for fd in carriers:
             os.close(fd)
 
     def __del__(self) -> None:
@@ -185,3 +187,30 @@ def _read_at(fd: int, position: int, size: int) -> bytes:
         position += len(piece)
         size -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _load_all(loads: Sequence[Sequence[int]]) -> list[int]:
+    """Carriers with every one of ``loads``, in order, each of them in a single carrier."""
+    carriers: list[int] = []
+    current: Carrier | None = None
+    try:
+        for fds in loads:
+            if len(fds) <= MAX_IN_PACKET and current is not None and current.add(fds):
+                continue
+            if current is not None:
+                carriers.append(current.detach())
+                current = None
+            if len(fds) > MAX_IN_PACKET:
+                carriers.append(load(fds))
+            else:
+                current = Carrier()
+                current.add(fds)
+        if current is not None:
+            carriers.append(current.detach())
+    except BaseException:
+        for fd in carriers:
+            os.close(fd)
+        if current is not None:
+            current.close()
+        raise
+    return carriers

@@ -31,8 +31,6 @@ from ._frame import (
 )
 from ._spill import Spill
 
-#: Asked for on a channel (bytes; the kernel doubles it): small enough that a process that ends can raise it.
-CHANNEL_BUFFER = 65536
 #: Asked for on a pipe: as much as an unprivileged process gets by default, and more than the stdlib's holds.
 PIPE_BUFFER = 212992
 
@@ -157,11 +155,9 @@ def open_packet(packet: Packet, opened: list[Opened], spent: list[int]) -> None:
     elif frame.kind is FrameKind.SHUT:
         opened.append(ShutMark())
     elif frame.kind is FrameKind.SPILL:
-        inside = _handles(frame, fds)
         position, left = frame.lengths
         make = partial(Spill, fds[0], frame.body_size, position, left)
-        spent += fds[1:2] if frame.in_carrier else ()
-        opened.extend(map(make, (frame.kinds,), (inside,)))
+        opened.extend(map(make, (fds[1:],)))
     else:
         _open_envelope(frame, data, fds, opened, spent)
 
