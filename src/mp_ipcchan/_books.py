@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from . import _ledger
 from ._counter import Counter
 from ._deadline import deadline_in, remaining
-from ._ledger import Ledger
+from ._ledger import BEGUN, DELIVERED, Ledger
+from ._message import Message, Outgoing
+from ._outlet import Outlet
+from ._transport.unix import SEND_FLAGS
 from .errors import Full, ShutDown
 
 #: How often (seconds) somebody who waits for others looks whether one of them was killed.
@@ -53,22 +57,68 @@ class Books:
 
     # -- putting -----------------------------------------------------------------------------
 
-    def begin(self, block: bool, deadline: float | None) -> None:
-        """Enter one message; in a bounded queue, wait for a slot. Raises ``Full`` or ``ShutDown``."""
+    def put(self, outlet: Outlet, item: Outgoing, block: bool, deadline: float | None) -> None:
+        """Enter one message and send it; in a bounded queue, wait for a slot. Raises ``Full`` or ``ShutDown``.
+
+        Each step is noted by the statement, or the C call, that does it: behind a plain assignment no
+        signal's handler runs. So whatever raises, what was done is known, and undone or completed.
+        """
         ledger, slots = self.ledger, self.slots
-        while True:
-            # Owed before it is taken: killed in between, a slot too many comes back, not one too few.
-            ledger.begin()
-            if ledger.state:
+        entered = delivered = False
+        slot: list[int] = []
+        task: list[None] = []
+        sent: list[int | bool] = []
+        accepted: list[None] = []
+        try:
+            while True:
+                # Owed before it is taken: killed in between, a slot too many comes back, not one too few.
+                with ledger.lock:
+                    ledger.own_cell()[BEGUN] += 1
+                    entered = True
+                if ledger.state:
+                    raise ShutDown("the queue was shut down")
+                if slots is None:
+                    break
+                try:
+                    slot.extend(map(os.eventfd_read, (slots.fileno(),)))
+                    break
+                except BlockingIOError:
+                    with ledger.lock:
+                        ledger.own_cell()[BEGUN] -= 1
+                        entered = False
+                if (not block or not self._await_slot(slots, deadline)) and not ledger.reclaim_again(_LOOK_EVERY):
+                    raise Full(f"the queue holds {self.maxsize} messages")
+            if self.tasks:
+                task.extend(map(os.eventfd_write, (self.tasks.fileno(),), (1,)))
+            if isinstance(item, bytes) and not outlet.backlog:
+                try:
+                    sent.extend(map(outlet.send_raw, (item,), (SEND_FLAGS,)))
+                except BlockingIOError:
+                    pass
+            else:
+                sent.extend(map(outlet.try_send, (item,)))
+            if not (sent and sent[0]):
+                outlet.defer(item, accepted)
+                return
+            with ledger.lock:
+                ledger.own_cell()[DELIVERED] += 1
+                delivered = True
+        except BaseException:
+            if accepted:
+                raise
+            if sent and sent[0]:
+                if not delivered:
+                    ledger.deliver()
+                raise
+            if slot and slots:
+                slots.add(1)
+            if task:
+                self.finish(1)
+            if entered:
                 ledger.cancel()
-                raise ShutDown("the queue was shut down")
-            if slots is None or slots.take():
-                break
-            ledger.cancel()
-            if (not block or not self._await_slot(slots, deadline)) and not ledger.reclaim_again(_LOOK_EVERY):
-                raise Full(f"the queue holds {self.maxsize} messages")
-        if self.tasks:
-            self.tasks.add(1)
+            if isinstance(item, Message):
+                item.unsent()
+            raise
 
     def _await_slot(self, slots: Counter, deadline: float | None) -> bool:
         while True:
@@ -78,14 +128,6 @@ class Books:
             if left is not None and left <= _LOOK_EVERY:
                 return False
             self.ledger.reclaim()
-
-    def cancel(self) -> None:
-        """A message that was begun could not be sent."""
-        if self.slots:
-            self.slots.add(1)
-        if self.tasks:
-            self.finish(1)
-        self.ledger.cancel()
 
     def shut(self, state: int) -> None:
         """Enter that nothing more may be put, and wake everybody who waits for a slot."""

@@ -93,9 +93,10 @@ class Delivery:
                 inlet.keep(box)
                 raise
             intact = isinstance(incoming, bytes) or not incoming.kinds
-            if decoding and not decoded and isinstance(error, Exception) and not (keep and intact):
+            undecodable = error if decoding and not decoded and isinstance(error, Exception) else None
+            if undecodable and not (keep and intact):
                 self._taken()
-                self._report(error)
+                self._report(undecodable)
                 raise
             if intact:
                 inlet.put_back(incoming)
@@ -103,5 +104,7 @@ class Delivery:
             else:
                 # Some of its descriptors may have been handed out already.
                 self._taken()
+            if undecodable:
+                self._report(undecodable)
             raise
         return decoded[0]

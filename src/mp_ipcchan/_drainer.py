@@ -12,7 +12,7 @@ import os
 import select
 import threading
 import time
-from multiprocessing import util
+from multiprocessing import parent_process, util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,33 +23,41 @@ if TYPE_CHECKING:
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 _lock = threading.RLock()
+#: Who has, or is about to have, something to send; and the descriptor to poll.
 _waiting: dict[Outlet, int] = {}
 _thread: threading.Thread | None = None
+#: Wakes the thread; open as long as there is one.
 _wake = -1
-#: Set when the process ends: from then on what can't be sent at once goes as a last packet.
+#: Set when the interpreter ends: from then on what can't be sent at once goes as a last packet.
 _ending = False
 
 
-def add(outlet: Outlet) -> None:
-    """See to it that ``outlet``'s backlog is sent."""
+def add(outlet: Outlet) -> bool:
+    """See to it that ``outlet``'s backlog, whose lock is held, is sent; it may still be empty.
+
+    False where no thread can do it. Raises ``OSError`` where there is no descriptor for one.
+    """
     global _thread, _wake
+    if outlet in _waiting:
+        return True
     with _lock:
-        if not _ending:
-            _waiting[outlet] = outlet.fileno()
-            if _thread is not None:
-                os.eventfd_write(_wake, 1)
-                return
-            _wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if _ending:
+            return False
+        # One that isn't alive was never started: a signal's handler interrupted this.
+        if _thread is None or not _thread.is_alive():
+            if _wake < 0:
+                _wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             _thread = threading.Thread(target=_run, name="mp_ipcchan-drainer", daemon=True)
             try:
                 _thread.start()
-                return
             except RuntimeError:
-                # No thread can be started: the interpreter is shutting down, or the process has too many.
-                os.close(_wake)
+                # The interpreter is shutting down, or the process has too many.
                 _thread = None
-                del _waiting[outlet]
-    outlet.spill()
+                _close_wake()
+                return False
+        _waiting[outlet] = outlet.fileno()
+        os.eventfd_write(_wake, 1)
+        return True
 
 
 def remove(outlet: Outlet) -> None:
@@ -59,8 +67,15 @@ def remove(outlet: Outlet) -> None:
     and its peer would wait for the end of the stream.
     """
     with _lock:
-        if _waiting.pop(outlet, None) is not None and threading.current_thread() is not _thread:
+        if _waiting.pop(outlet, None) is not None and _wake >= 0 and threading.current_thread() is not _thread:
             os.eventfd_write(_wake, 1)
+
+
+def _close_wake() -> None:
+    global _wake
+    fd, _wake = _wake, -1
+    if fd >= 0:
+        os.close(fd)
 
 
 def _run() -> None:
@@ -70,7 +85,7 @@ def _run() -> None:
         with _lock:
             if not _waiting:
                 _thread = None
-                os.close(_wake)
+                _close_wake()
                 return
             outlets = {fd: outlet for outlet, fd in _waiting.items()}
         stalled = False
@@ -82,6 +97,9 @@ def _run() -> None:
             except OSError:
                 # The receiver is gone; the next ``send`` will say so.
                 pass
+            with outlet.lock:
+                if not outlet.backlog:
+                    remove(outlet)
         if stalled:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -103,28 +121,32 @@ def _writable(fds: dict[int, Outlet]) -> list[int]:
     return [fd for fd, _ in events if fd != _wake]
 
 
-def _send_rest() -> None:
-    """At the end of the process: everything that waits leaves now, in one packet a channel."""
-    global _ending
+def send_rest() -> None:
+    """What waits leaves now, in one packet a channel."""
     with _lock:
-        _ending = True
         outlets = list(_waiting)
     for outlet in outlets:
         outlet.spill()
 
 
+def _end() -> None:
+    """When the interpreter ends, or a child's target has: before its own children are joined, who may wait for it."""
+    global _ending
+    # A child of multiprocessing goes on to wait for its threads, and sends what they add when it really ends.
+    _ending = parent_process() is None
+    send_rest()
+
+
 def _register_end(_: object = None) -> None:
-    # Before multiprocessing joins this process's children, which may be waiting for our messages.
-    util.Finalize(None, _send_rest, exitpriority=5)
+    util.Finalize(None, _end, exitpriority=5)
 
 
 def _reset_after_fork() -> None:
     global _lock, _thread, _ending
     _lock = threading.RLock()
     _waiting.clear()
-    if _thread is not None:
-        os.close(_wake)
-        _thread = None
+    _thread = None
+    _close_wake()
     _ending = False
     _register_end()
 

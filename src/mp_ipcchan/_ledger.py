@@ -30,7 +30,7 @@ CELLS = 1024
 _WORDS = 8
 SIZE = CELLS * _WORDS * 8
 
-_BEGUN, _DELIVERED, _TAKEN, _TAKING = range(4)
+BEGUN, DELIVERED, _TAKEN, _TAKING = range(4)
 _STATE = 0
 #: struct flock, as F_OFD_SETLK takes it on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
@@ -70,36 +70,44 @@ class Ledger:
 
     # -- this process's cell -----------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Enter a message that is about to be put."""
-        with self.lock:
-            self._words[(self._base or self._claim()) + _BEGUN] += 1
+    def own_cell(self) -> memoryview:
+        """This process's cell, from ``BEGUN`` on; hold ``lock`` while changing it."""
+        base = self._base or self._claim()
+        return self._words[base : base + _WORDS]
 
     def put(self, send: Callable[[bytes, int], int], frame: bytes, flags: int) -> bool:
         """Enter a message and hand it to the kernel by ``send(frame, flags)``, the usual case at one go.
 
-        False, and nothing entered, where the queue was shut down. Raises what ``send`` raises; the
-        message is begun then.
+        False, and nothing entered, where the queue was shut down. Raises what ``send`` raises, and
+        nothing is entered then; or what a signal's handler raises, with the entries as they should be.
         """
         with self.lock:
             words, base = self._words, self._base or self._claim()
-            words[base + _BEGUN] += 1
             if words[_STATE]:
-                words[base + _BEGUN] -= 1
                 return False
-            send(frame, flags)
-            words[base + _DELIVERED] += 1
+            sent: list[int] = []
+            begun = words[base + BEGUN]
+            try:
+                words[base + BEGUN] = begun + 1
+                sent.extend(map(send, (frame,), (flags,)))
+                words[base + DELIVERED] += 1
+            except BaseException:
+                if sent:
+                    words[base + DELIVERED] += 1
+                else:
+                    words[base + BEGUN] = begun
+                raise
         return True
 
     def deliver(self, count: int = 1) -> None:
         """The kernel has ``count`` messages that were begun."""
         with self.lock:
-            self._words[(self._base or self._claim()) + _DELIVERED] += count
+            self._words[(self._base or self._claim()) + DELIVERED] += count
 
     def cancel(self) -> None:
         """A message that was begun is not put after all."""
         with self.lock:
-            self._words[self._base + _BEGUN] -= 1
+            self._words[self._base + BEGUN] -= 1
 
     def taking(self, count: int) -> None:
         """This process is about to take a message (1), or has entered what became of it (-1)."""
@@ -151,26 +159,26 @@ class Ledger:
 
     def _owes(self, cell: int) -> bool:
         base = cell * _WORDS
-        return self._words[base + _BEGUN] != self._words[base + _DELIVERED] or self._words[base + _TAKING] != 0
+        return self._words[base + BEGUN] != self._words[base + DELIVERED] or self._words[base + _TAKING] != 0
 
     def _settle_cell(self, cell: int) -> None:
         words, base = self._words, cell * _WORDS
-        undelivered = words[base + _BEGUN] - words[base + _DELIVERED]
+        undelivered = words[base + BEGUN] - words[base + DELIVERED]
         taking = words[base + _TAKING]
         if undelivered or taking:
             self._settle(undelivered, taking)
-            words[base + _BEGUN] = words[base + _DELIVERED]
+            words[base + BEGUN] = words[base + DELIVERED]
             words[base + _TAKEN] += taking
             words[base + _TAKING] = 0
 
     def count(self) -> int:
         """Messages in the queue: put by anybody, and taken by nobody yet. Exact while nobody is at it."""
-        return max(0, sum(self._column(_BEGUN)) - sum(self._column(_TAKEN)))
+        return max(0, sum(self._column(BEGUN)) - sum(self._column(_TAKEN)))
 
     def undelivered(self) -> int:
         """Messages that wait in the backlogs of living processes."""
         self.reclaim()
-        return sum(self._column(_BEGUN)) - sum(self._column(_DELIVERED))
+        return sum(max(0, b - d) for b, d in zip(self._column(BEGUN), self._column(DELIVERED), strict=True))
 
     def _column(self, word: int) -> memoryview:
         return self._words[_WORDS + word :: _WORDS]

@@ -118,6 +118,10 @@ def _reset_after_fork() -> None:
     for link in list(_links.values()):
         link.inlet.reset_after_fork()
         link.outlet.reset_after_fork()
+        if not link._uses:
+            # It was open for its backlog alone, which is the parent's.
+            link._forget()
+            link._close()
 
 
 os.register_at_fork(after_in_child=_reset_after_fork)

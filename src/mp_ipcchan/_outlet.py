@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice, repeat, starmap
 
 from . import _drainer
 from ._deadline import remaining, wait_for
@@ -28,6 +29,8 @@ from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
 
 #: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
 PACK_SIZE = 16384
+#: No more messages than this are packed together, however small.
+_MOST_PACKED = 2048
 #: How much more must wait (bytes) before a sender tries again: an attempt costs a system call.
 _STEP = 512
 #: How long to wait (seconds) where the kernel can't tell when to try again.
@@ -42,8 +45,8 @@ _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC))
 class Outlet:
     __slots__ = (
         "_acks",
+        "_busy",
         "_emptied",
-        "_last",
         "_pause",
         "_refusal",
         "_retry_at",
@@ -63,10 +66,11 @@ class Outlet:
         self._emptied = emptied
         #: Messages that the kernel hasn't taken, the oldest first.
         self.backlog: deque[Outgoing] = deque()
-        #: Holds something while what was sent of the backlog, up to ``_last``, is not yet removed from it.
+        #: Whether the backlog is being sent, by whoever holds the lock.
+        self._busy = False
+        #: Holds something while what is staged was sent, and not yet removed from the backlog.
         self._acks: list[object] = []
-        self._last: Outgoing = b""
-        #: What ``_next`` said when the kernel refused: it needn't be packed again.
+        #: What ``_next`` said. Kept when the kernel refuses: it needn't be packed again.
         self._staged: tuple[int, int, Outgoing, Outgoing] | None = None
         #: Bytes in the backlog.
         self._waiting = 0
@@ -159,16 +163,21 @@ class Outlet:
 
     # -- what waits ------------------------------------------------------------------------
 
-    def defer(self, item: Outgoing) -> None:
-        """Let ``item`` wait for its turn; it counts as sent."""
+    def defer(self, item: Outgoing, accepted: list[None] | None = None) -> None:
+        """Let ``item`` wait for its turn; it counts as sent. ``accepted`` is filled when it does.
+
+        Raises ``OSError``, and ``item`` does not wait, where nobody could be got to send it.
+        """
         if isinstance(item, Message):
             item.own()
+        accepted = [] if accepted is None else accepted
         with self.lock:
-            self.backlog.append(item)
+            # First somebody who sends it: an item that waits must never be without.
+            served = _drainer.add(self)
+            accepted.extend(map(self.backlog.append, (item,)))
             self._waiting += len(item)
-            if len(self.backlog) == 1:
-                self._retry_at = _STEP
-                _drainer.add(self)
+            if not served:
+                self.spill()
             elif self._waiting >= self._retry_at:
                 # The sender lends a hand, or it would keep the interpreter to itself while the reader starves.
                 try:
@@ -186,10 +195,14 @@ class Outlet:
         if not self.backlog:
             return True
         with self.lock:
-            if self._acks:
-                self._recover()
+            if self._busy:
+                # A signal's handler, or a finaliser, interrupted just this: it may add, not send.
+                return False
             gone = 0
+            self._busy = True
             try:
+                if self._acks:
+                    self._recover()
                 while self.backlog:
                     gone += self._send_first()
             except OSError as error:
@@ -199,6 +212,7 @@ class Outlet:
                 self._drop_all()
                 raise
             finally:
+                self._busy = False
                 if gone:
                     self._pause = _SHORTEST_PAUSE
                     if self.delivered:
@@ -210,31 +224,36 @@ class Outlet:
         """Send the packet that is next, and remove what is in it; how many messages."""
         if self._staged is None:
             self._staged = self._next()
-        count, size, self._last, packet = self._staged
+        count, size, _, packet = self._staged
         # Sent and noted in one C call: where a signal's handler raises behind it, the note tells.
         if isinstance(packet, Message):
             self._acks.extend(map(transmit, (self._sock,), (packet,)))
         else:
             self._acks.extend(map(self.send_raw, (packet,), (SEND_FLAGS,)))
         self._waiting -= size
-        for _ in range(count):
-            self.backlog.popleft()
+        self._remove(count)
         self._staged = None
         self._acks.clear()
         if isinstance(packet, Message):
             packet.sent()
         return count
 
+    def _remove(self, count: int) -> None:
+        """Drop the first ``count`` items of the backlog, in one C call: all of them or none."""
+        deque(starmap(self.backlog.popleft, repeat((), count)), maxlen=0)
+
     def _recover(self) -> None:
         """A signal's handler raised when a packet had been sent and not been removed: remove it now."""
-        count = next((number for number, item in enumerate(self.backlog, 1) if item is self._last), 0)
-        for _ in range(count):
-            self.backlog.popleft()
+        count, _, last, packet = self._staged or (0, 0, b"", b"")
+        if 0 < count <= len(self.backlog) and self.backlog[count - 1] is last:
+            self._remove(count)
+            if isinstance(packet, Message):
+                packet.sent()
+            if self.delivered:
+                self.delivered(count)
         self._waiting = sum(map(len, self.backlog))
         self._staged = None
         self._acks.clear()
-        if count and self.delivered:
-            self.delivered(count)
 
     def _finish(self) -> None:
         _drainer.remove(self)
@@ -247,7 +266,8 @@ class Outlet:
             return 1, len(first), first, first
         batch: list[bytes] = []
         size = 0
-        for item in self.backlog:
+        # A copy: a signal's handler may append meanwhile.
+        for item in list(islice(self.backlog, _MOST_PACKED)):
             if isinstance(item, Message) or (batch and size + len(item) > PACK_SIZE):
                 break
             batch.append(item)
@@ -272,12 +292,16 @@ class Outlet:
         It waits for the reader only where even that has no room, or where the messages carry more
         descriptors than this user may have in flight.
         """
-        while True:
+        while self.backlog:
             try:
                 with self.lock:
-                    if not self.drain():
+                    if self._busy or self.drain():
+                        return
+                    self._busy = True
+                    try:
                         self._spill()
-                return
+                    finally:
+                        self._busy = False
             except OSError as error:
                 if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
                     self._refusal = error.errno
@@ -285,24 +309,25 @@ class Outlet:
                     # The reader is gone, and with it everybody who could miss something.
                     self._drop_all()
                     return
-            self._await_room(None)
+                self._await_room(None)
 
     def _spill(self) -> None:
-        rest = Spill.of(self.backlog)
+        items = list(self.backlog)
+        rest = Spill.of(items)
         try:
             rest.send_last(self._sock)
         finally:
             rest.close()
-        count = len(self.backlog)
+        self._remove(len(items))
         self._staged = None
-        while self.backlog:
-            sent = self.backlog.popleft()
-            if not isinstance(sent, bytes):
-                sent.sent()
-        self._waiting = 0
+        self._waiting = sum(map(len, self.backlog))
+        for item in items:
+            if isinstance(item, Message):
+                item.sent()
         if self.delivered:
-            self.delivered(count)
-        self._finish()
+            self.delivered(len(items))
+        if not self.backlog:
+            self._finish()
 
     def close(self) -> None:
         # Breaks the cycle with the link, so that neither waits for the garbage collector.
@@ -310,6 +335,7 @@ class Outlet:
 
     def reset_after_fork(self) -> None:
         self.lock = threading.RLock()
+        self._busy = False
         while self.backlog:
             item = self.backlog.popleft()
             if not isinstance(item, bytes):

@@ -13,6 +13,7 @@ from multiprocessing import context, popen_fork, popen_forkserver, popen_spawn_p
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from . import _drainer
 from ._channel import pack_receiver
 from ._endpoint import endpoints
 from ._message import Handle
@@ -51,7 +52,10 @@ class ForkPopen(popen_fork.Popen):
             for endpoint in list(endpoints):
                 if id(endpoint) not in kept:
                     endpoint.close()
-            return bootstrap(*args, **options)
+            try:
+                return bootstrap(*args, **options)
+            finally:
+                _drainer.send_rest()
 
         # The stdlib's Popen calls this in the child; the child's copy of ``run`` dies with its process.
         process_obj._bootstrap = run  # type: ignore[attr-defined]
@@ -143,6 +147,16 @@ class _CarriedFd:
 _unloaded: dict[int, list[int]] = {}
 
 
+class _Ending:
+    """A process that, as the last thing it does, sends what its threads have left."""
+
+    def _bootstrap(self, *args: Any, **options: Any) -> int:
+        try:
+            return super()._bootstrap(*args, **options)  # type: ignore[misc,no-any-return]
+        finally:
+            _drainer.send_rest()
+
+
 class ForkProcess(context.ForkProcess):
     # A child makes the context of this name its default before it runs its target.
     _start_method = "ipcchan_fork"
@@ -152,7 +166,7 @@ class ForkProcess(context.ForkProcess):
         return ForkPopen(process_obj)
 
 
-class SpawnProcess(context.SpawnProcess):
+class SpawnProcess(_Ending, context.SpawnProcess):
     _start_method = "ipcchan_spawn"
 
     @staticmethod
@@ -160,7 +174,7 @@ class SpawnProcess(context.SpawnProcess):
         return SpawnPopen(process_obj)
 
 
-class ForkServerProcess(context.ForkServerProcess):
+class ForkServerProcess(_Ending, context.ForkServerProcess):
     _start_method = "ipcchan_forkserver"
 
     @staticmethod

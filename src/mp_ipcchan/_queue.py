@@ -23,7 +23,7 @@ from ._delivery import Delivery
 from ._ends import LOOK_EVERY, Ends
 from ._inlet import ShutMark
 from ._ledger import DISCARDED, SHUT
-from ._message import Incoming, Message, Outgoing
+from ._message import Incoming, Outgoing
 from ._transport.unix import SEND_FLAGS, send_shut
 from .errors import Empty, ShutDown
 
@@ -154,25 +154,8 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 if books.ledger.put(outlet.send_raw, item, SEND_FLAGS):
                     return
             except BlockingIOError:
-                outlet.defer(item)
-                return
-            except BaseException:
-                books.cancel()
-                raise
-        try:
-            books.begin(block, deadline)
-        except BaseException:
-            if isinstance(item, Message):
-                item.unsent()
-            raise
-        try:
-            if outlet.try_send(item):
-                books.ledger.deliver()
-            else:
-                outlet.defer(item)
-        except BaseException:
-            books.cancel()
-            raise
+                pass
+        books.put(outlet, item, block, deadline)
 
     def put_nowait(self, obj: T) -> None:
         """``put(obj, False)``."""

@@ -8,12 +8,28 @@ modules, classes and the globals of functions, where everything can be reached f
 from __future__ import annotations
 
 import gc
+import threading
 import types
+from multiprocessing import queues
 
 from ._endpoint import Endpoint
 
-#: Of these, nothing is looked into.
-_OPAQUE = (type, types.ModuleType, types.CodeType, types.FrameType, str, bytes, bytearray, int, float, complex)
+#: Of these, nothing is looked into: they lead everywhere, or to what their pickles leave out.
+_OPAQUE = (
+    queues.Queue,
+    queues.SimpleQueue,
+    threading.Thread,
+    type,
+    types.ModuleType,
+    types.CodeType,
+    types.FrameType,
+    str,
+    bytes,
+    bytearray,
+    int,
+    float,
+    complex,
+)
 
 
 def endpoints_within(root: object) -> list[Endpoint]:

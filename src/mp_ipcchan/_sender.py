@@ -126,6 +126,9 @@ class BytesSender(SenderBase[Buffer]):
 def encode_bytes(buffer: Buffer) -> Outgoing:
     """The message that carries the bytes of ``buffer`` (any contiguous buffer, any item size)."""
     view = memoryview(buffer)
+    if not view.nbytes:
+        # An object of its own: a backlog tells its items apart by identity.
+        return bytes(bytearray(PLAIN))
     if view.nbytes <= INLINE_SIZE:
         return PLAIN + view.tobytes()
     return Message([view.cast("B") if view.c_contiguous else view.tobytes()])

@@ -213,8 +213,19 @@ def room_for(descriptors: int) -> Iterator[None]:
 
 @contextmanager
 def calling_often(handler: Callable[[], object], interval: float = 0.001) -> Iterator[None]:
-    """Call ``handler`` in the main thread, as a signal's handler, every ``interval`` seconds."""
-    previous = signal.signal(signal.SIGALRM, lambda *_: handler())
+    """Call ``handler`` in the main thread, as a signal's handler, every ``interval`` seconds; never within itself."""
+    busy = False
+
+    def handle(*_: object) -> None:
+        nonlocal busy
+        if not busy:
+            busy = True
+            try:
+                handler()
+            finally:
+                busy = False
+
+    previous = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, interval, interval)
     try:
         yield

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import starmap
 from typing import Any
 
@@ -32,6 +33,7 @@ from mp_ipcchan import (
     ReceiverGone,
     Sender,
     SerializationError,
+    bytes_channel,
     channel,
     connect,
 )
@@ -266,6 +268,28 @@ def test_S03_sender_in_flight_keeps_the_channel() -> None:
             rx.recv(LIMIT)
 
 
+def test_S03_endpoints_that_wait_to_be_sent() -> None:
+    """Endpoints in a message that the kernel had no room for are as good as sent: closed here, they work there."""
+    tx, rx = channel()
+    moving_tx, moving_rx = channel()
+    carrier_tx, carrier_rx = channel()
+    with rx, carrier_tx, carrier_rx:
+        count = fill(carrier_tx)
+        moving_tx.send_many(range(10))
+        carrier_tx.send((tx, moving_rx))
+        for end in (tx, moving_rx, moving_tx):
+            end.close()
+        with pytest.raises(Empty):
+            rx.try_recv()
+        for _ in range(count):
+            carrier_rx.recv(LIMIT)
+        received_tx, received_rx = carrier_rx.recv(LIMIT)
+        with received_tx, received_rx:
+            assert list(received_rx) == list(range(10))
+            received_tx.send("late")
+        assert list(rx) == ["late"]
+
+
 def test_S03_receiver_in_flight_accepts() -> None:
     """Sending to a receiver that is in an undelivered message succeeds, and the messages arrive."""
     tx, rx = channel()
@@ -287,6 +311,21 @@ def test_S04_dropped_carrier_drops_receivers() -> None:
         tx.send("unread")
         carrier_rx.close()
         await_receiver_gone(tx)
+
+
+def test_S04_dropped_carrier_drops_receivers_that_wait_to_be_sent() -> None:
+    """As before, where the message with the receiver had not left yet: ``send`` returned, so the receiver is gone."""
+    tx, rx = channel()
+    carrier_tx, carrier_rx = channel()
+    with tx, rx, carrier_tx:
+        fill(carrier_tx)
+        carrier_tx.send(rx)
+        assert rx.closed
+        carrier_rx.close()
+        await_receiver_gone(tx)
+        assert rx.closed
+        with pytest.raises(EndpointMoved):
+            rx.recv(LIMIT)
 
 
 def test_S04_dropped_carrier_drops_senders() -> None:
@@ -471,6 +510,24 @@ def test_S09_send_never_blocks(make_pair: MakePair, size: int) -> None:
             rx.try_recv()
 
 
+def test_S09_what_waits_is_what_was_sent() -> None:
+    """A message is as it was when ``send`` returned, though its buffer changes before the kernel has room for it."""
+    bytes_tx, bytes_rx = bytes_channel()
+    tx, rx = channel()
+    with bytes_tx, bytes_rx, tx, rx:
+        for size in (100, F + 1):
+            for number in range(300):
+                buffer = bytearray([number % 251]) * size
+                bytes_tx.send(buffer)
+                bytes_tx.send(memoryview(buffer))
+                tx.send([buffer, pickle.PickleBuffer(buffer)])
+                buffer[:] = bytes(size)
+            for number in range(300):
+                expected = bytes([number % 251]) * size
+                assert bytes_rx.recv(LIMIT) == bytes_rx.recv(LIMIT) == expected
+                assert rx.recv(LIMIT) == [expected, expected]
+
+
 @both_kinds
 def test_S09_bounded_sends(make_pair: MakePair) -> None:
     """``try_send`` and ``send(timeout=)`` raise Full where the kernel is full; what they refused never arrives."""
@@ -487,8 +544,23 @@ def test_S09_bounded_sends(make_pair: MakePair) -> None:
 # -- 14: signals ----------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """Raised by a signal's handler, wherever the main thread is."""
+class Interrupted(BaseException):
+    """Raised by a signal's handler, wherever the main thread is, as KeyboardInterrupt is by Ctrl-C."""
+
+
+class Interrupter:
+    """A signal's handler that raises, once each time it was armed."""
+
+    armed = False
+
+    def __call__(self) -> None:
+        if self.armed:
+            self.armed = False
+            raise Interrupted
+
+
+#: Where the handler raises in a finalizer, Python can do no more than say so.
+interrupted = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def collect(box: list[Any], call: Any, *args: Any) -> None:
@@ -496,6 +568,7 @@ def collect(box: list[Any], call: Any, *args: Any) -> None:
     box.extend(starmap(call, (args,)))
 
 
+@interrupted
 @both_kinds
 @pytest.mark.parametrize(("size", "count"), [(8, 100_000), (F + 1, 3000)], ids=["small", "large"])
 def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, count: int) -> None:
@@ -511,34 +584,104 @@ def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, c
                 # Small messages may wait with the sender, which packs them then.
                 tx.send(message(number), timeout=None if size == 8 else LIMIT)
 
-    armed = False
-
-    def interrupt() -> None:
-        nonlocal armed
-        if armed:
-            armed = False
-            raise Interrupted
-
     received: list[Any] = []
+    interrupt = Interrupter()
     with rx:
         sending = InThread(send_all)
         with calling_often(interrupt):
             for _ in attempts():
                 try:
                     # No loop in here: the jump back to its start is not covered by ``except``.
-                    armed = True
+                    interrupt.armed = True
                     collect(received, rx.recv, LIMIT)
-                    armed = False
+                    interrupt.armed = False
                 except Interrupted:
                     pass
                 except Disconnected:
-                    armed = False
+                    interrupt.armed = False
                     break
         sending.result()
     numbers = [int.from_bytes(data[:8], "little") for data in received]
     assert sorted(set(range(count)) - set(numbers)) == [], "messages were lost"
     assert numbers == list(range(count))
     assert all(data == message(number) for number, data in enumerate(received))
+
+
+@interrupted
+@both_kinds
+@pytest.mark.parametrize(("size", "count"), [(8, 100_000), (F + 1, 3000)], ids=["small", "large"])
+def test_S14_interrupted_send_doubles_nothing(make_pair: MakePair, size: int, count: int) -> None:
+    """A handler that raises in the middle of sending costs at most the message being sent, and doubles none.
+
+    Which of the messages whose ``send`` was interrupted have left can't be known; those whose ``send`` returned have.
+    """
+    tx, rx = make_pair()
+    receiving = InThread(lambda: [int.from_bytes(data[:8], "little") for data in rx])
+    sent: list[None] = []
+    certain: list[int] = []
+    interrupt = Interrupter()
+    with tx, calling_often(interrupt):
+        for number in range(count):
+            sent.clear()
+            message = number.to_bytes(8, "little") + bytes(size - 8)
+            try:
+                interrupt.armed = True
+                collect(sent, tx.send, message)
+                interrupt.armed = False
+            except Interrupted:
+                pass
+            if sent:
+                certain.append(number)
+    received = receiving.result()
+    rx.close()
+    assert sorted(set(certain) - set(received)) == [], "messages were lost"
+    assert received == sorted(set(received)), "messages were doubled, or overtook each other"
+
+
+def test_S14_handler_that_sends() -> None:
+    """A handler may send on the channel that the main thread is just sending on; both keep their order."""
+    tx, rx = channel()
+    handled = 0
+
+    def send() -> None:
+        nonlocal handled
+        tx.send(("handler", handled))
+        handled += 1
+
+    with rx:
+        with tx, calling_often(send):
+            for number in range(100_000):
+                tx.send(("main", number))
+        received = list(rx)
+    assert [number for by, number in received if by == "main"] == list(range(100_000))
+    assert [number for by, number in received if by == "handler"] == list(range(handled))
+
+
+@both_kinds
+def test_S14_handler_that_receives(make_pair: MakePair) -> None:
+    """A handler may receive from what the main thread is just receiving from; each message goes to one of them."""
+    count = 50_000
+    tx, rx = make_pair()
+
+    def send_all() -> None:
+        with tx:
+            for number in range(count):
+                tx.send(number.to_bytes(8, "little"))
+
+    handled: list[Any] = []
+
+    def receive() -> None:
+        with suppress(Empty, Disconnected):
+            handled.append(rx.try_recv())
+
+    with rx:
+        sending = InThread(send_all)
+        with calling_often(receive):
+            received = list(rx)
+        sending.result()
+    numbers = sorted(int.from_bytes(data, "little") for data in received + handled)
+    assert sorted(set(range(count)) - set(numbers)) == [], "messages were lost"
+    assert numbers == list(range(count)), "messages were doubled"
 
 
 # -- 20, 21: what is shared between processes -----------------------------------------------
@@ -576,6 +719,25 @@ def test_S20_default_timeout_changes_nothing() -> None:
             assert all(os.get_blocking(fd) for fd in open_descriptors() - before)
     finally:
         socket.setdefaulttimeout(None)
+
+
+def test_S20_another_process_made_the_sockets_non_blocking() -> None:
+    """Who shares a socket may make it non-blocking; receiving still waits, and so does sending with a timeout."""
+    before = open_descriptors()
+    tx, rx = channel()
+    with tx, rx:
+        for fd in open_descriptors() - before:
+            os.set_blocking(fd, False)
+        receiving = InThread(rx.recv)
+        tx.send("waited for")
+        assert receiving.result() == "waited for"
+        count = fill(tx)
+        with pytest.raises(Full):
+            tx.send("late", timeout=0.01)
+        sending = InThread(tx.send, "last", LIMIT)
+        assert [rx.recv(LIMIT) for _ in range(count)] == list(range(count))
+        assert InThread(rx.recv).result() == "last"
+        sending.result()
 
 
 def test_S21_descriptors_are_not_inherited() -> None:
@@ -701,6 +863,37 @@ def test_S23_fork_keeps_the_receiver() -> None:
         assert child.join() == 0
 
 
+def test_S23_fork_leaves_the_backlog_to_the_parent() -> None:
+    """What waited to be sent at a fork is sent by the parent alone, once; the child sends what it sends itself."""
+    tx, rx = channel()
+    with rx:
+        with tx:
+            for number in range(5000):
+                tx.send(number)
+            with fork(tx.send, "child") as child:
+                assert child.join() == 0
+        received = list(rx)
+    assert received.count("child") == 1
+    received.remove("child")
+    assert received == list(range(5000))
+
+
+def test_S23_fork_leaves_what_was_received_to_the_parent() -> None:
+    """What waited in a receiver, having come in one packet with others, is received by the parent alone."""
+    tx, rx = channel()
+    with tx, rx:
+        tx.send_many(range(100))
+        assert rx.recv(LIMIT) == 0
+
+        def find_nothing() -> None:
+            with pytest.raises(Empty):
+                rx.recv(timeout=0.01)
+
+        with bare_fork(find_nothing) as child:
+            assert child.join() == 0
+        assert [rx.recv(LIMIT) for _ in range(99)] == list(range(1, 100))
+
+
 def test_S23_context_fork_closes_what_was_not_passed() -> None:
     """A child of our context has the endpoints that it was given, and no others: the stream ends with ours."""
     tx, rx = channel()
@@ -767,6 +960,30 @@ def test_S24_one_descriptor_for_a_channel() -> None:
                     carrier_tx.send([tx, other, tx.clone()])
             assert rx.recv(LIMIT) == 3000
             assert child.join() == 0
+
+
+def test_S24_one_queue_for_a_channel() -> None:
+    """All senders of a channel in a process keep one order, also one that comes once the others are closed."""
+    tx, rx = channel()
+    carrier_tx, carrier_rx = channel()
+    result_tx, result_rx = channel()
+
+    def receive_all() -> None:
+        for end in (tx, carrier_tx, carrier_rx):
+            end.close()
+        result_tx.send(list(rx))
+
+    with result_tx, result_rx, carrier_tx, carrier_rx, bare_fork(receive_all) as child:
+        rx.close()
+        carrier_tx.send(tx)
+        for number in range(10_000):
+            tx.send(number)
+        tx.close()
+        with carrier_rx.recv(LIMIT) as again:
+            for number in range(10_000, 20_000):
+                again.send(number)
+        assert result_rx.recv(LIMIT) == list(range(20_000))
+        assert child.join() == 0
 
 
 class Reenters:

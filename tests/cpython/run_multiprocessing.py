@@ -18,6 +18,7 @@ import multiprocessing.queues
 import os
 import sys
 import unittest
+from typing import Any
 
 STOCK = "--stock" in sys.argv
 
@@ -33,13 +34,17 @@ def check_ours() -> None:
     import mp_ipcchan
 
     context = multiprocessing.get_context()
-    reader, writer = multiprocessing.Pipe()
-    queue = multiprocessing.Queue()
-    made = (reader, queue, multiprocessing.JoinableQueue(), multiprocessing.SimpleQueue())
+    reader, _ = multiprocessing.Pipe()
+    made: tuple[Any, ...] = (
+        reader,
+        multiprocessing.Queue(),
+        multiprocessing.JoinableQueue(),
+        multiprocessing.SimpleQueue(),
+    )
     expected = (mp_ipcchan.Connection, mp_ipcchan.Queue, mp_ipcchan.JoinableQueue, mp_ipcchan.SimpleQueue)
     if not type(context).__module__.startswith("mp_ipcchan"):
         sys.exit(f"the default context is {context!r}")
-    if not all(type(one) is cls for one, cls in zip(made, expected)):
+    if not all(type(one) is cls for one, cls in zip(made, expected, strict=True)):
         sys.exit(f"the factories make {made!r}")
     if multiprocessing.get_start_method() != type(context).__name__.removesuffix("Context").lower():
         sys.exit(f"the start method is {multiprocessing.get_start_method()} in {context!r}")
@@ -55,7 +60,8 @@ if not STOCK and __name__ != "__mp_main__":
     check_ours()
     os.register_at_fork(after_in_child=_check_forked)
 
-import test._test_multiprocessing as suite  # noqa: E402  (it takes the factories when it is imported)
+# It takes the factories when it is imported.
+import test._test_multiprocessing as suite  # type: ignore[import-not-found]  # noqa: E402
 
 suite.install_tests_in_module_dict(globals(), sys.argv[1] if len(sys.argv) > 1 else "fork")
 
@@ -96,7 +102,10 @@ def main() -> int:
         for case in cases
         if _short(case) not in options.skip and (not options.only or _short(case) in options.only)
     ]
-    result = unittest.TextTestRunner(resultclass=_Result, verbosity=2).run(unittest.TestSuite(chosen))
+    result = unittest.TextTestRunner(
+        resultclass=_Result,  # type: ignore[arg-type]
+        verbosity=2,
+    ).run(unittest.TestSuite(chosen))
     failed = sorted(
         {_short(case) for case, _ in (*result.failures, *result.errors) if isinstance(case, unittest.TestCase)}
     )

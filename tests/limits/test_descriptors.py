@@ -17,7 +17,7 @@ from mp_ipcchan import Fd, Receiver, Sender, channel
 LIMIT = 20.0
 NOBODY = 65534
 
-fork = multiprocessing.get_context("ipcchan_fork")
+fork: Any = multiprocessing.get_context("ipcchan_fork")
 
 
 def _as_nobody(run: Callable[..., None], descriptors: int, *args: Any) -> None:

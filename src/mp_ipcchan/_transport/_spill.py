@@ -7,6 +7,7 @@ process never waits for a reader, and nothing is lost.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -160,7 +161,7 @@ class Spill:
             # Lowered again, or the next process to end would find no room to raise it by. Not to what it
             # was: a process may have been killed before it came here.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
-        raise BlockingIOError
+        raise BlockingIOError(errno.EAGAIN, "not even the last packet has room")
 
     def close(self) -> None:
         self.left = 0

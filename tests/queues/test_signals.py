@@ -1,0 +1,175 @@
+"""A signal's handler that sends, or raises, at any instant: nothing is lost, doubled or counted wrongly."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue as stdlib
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mp_ipcchan import JoinableQueue, Queue, SerializationError, ShutDown, channel
+
+#: Seconds that a test goes on for; what it looks for shows within a tenth of that where it is broken.
+LONG = 1.5
+LIMIT = 30.0
+
+
+class Stop(KeyboardInterrupt):
+    """What the handler raises, as Ctrl-C does."""
+
+
+@contextmanager
+def _handling(handler: Callable[..., None]) -> Iterator[None]:
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_handler_that_sends() -> None:
+    """A handler may send on the very channel whose ``send`` it interrupts."""
+    tx, rx = channel()
+    received: list[tuple[str, int]] = []
+    reader = threading.Thread(target=lambda: received.extend(rx))
+    reader.start()
+    by_handler = by_main = 0
+
+    def handle(*_: object) -> None:
+        nonlocal by_handler
+        tx.send(("handler", by_handler))
+        by_handler += 1
+        # Armed again only now: a handler that interrupts itself would count wrongly.
+        signal.setitimer(signal.ITIMER_REAL, 0.003)
+
+    with _handling(handle):
+        signal.setitimer(signal.ITIMER_REAL, 0.003)
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            tx.send(("main", by_main))
+            by_main += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    tx.close()
+    reader.join(LIMIT)
+    rx.close()
+    for who, count in (("main", by_main), ("handler", by_handler)):
+        assert [number for name, number in received if name == who] == list(range(count))
+
+
+@pytest.mark.parametrize("make", [lambda: Queue(50), Queue, JoinableQueue], ids=["bounded", "plain", "joinable"])
+def test_handler_that_raises_in_put(make: Callable[[], Queue[int]]) -> None:
+    """Interrupted at any instant, ``put`` has put the message or has not; the counts say which."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    queue = make()
+
+    def handle(*_: object) -> None:
+        raise Stop
+
+    with _handling(handle):
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 6e-5))
+                for number in range(50):
+                    queue.put(number)
+                time.sleep(0.001)
+            except Stop:
+                pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            with pytest.raises(stdlib.Empty):
+                while True:
+                    queue.get(timeout=0.002)
+    assert queue.qsize() == 0
+    if queue._maxsize:
+        for number in range(50):
+            queue.put_nowait(number)
+        with pytest.raises(stdlib.Full):
+            queue.put_nowait(50)
+        for _ in range(50):
+            queue.get(timeout=LIMIT)
+    queue.shutdown()
+    with pytest.raises(ShutDown):
+        queue.get(timeout=LIMIT)
+    queue.close()
+
+
+def test_handler_that_raises_while_messages_wait() -> None:
+    """What was accepted arrives once, in order, however often adding to the backlog was interrupted."""
+    dice = random.Random(7)
+
+    def handle(*_: object) -> None:
+        raise Stop
+
+    with _handling(handle):
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            tx, rx = channel()
+            sent = -1
+            try:
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-4, 6e-4))
+                for number in range(400):
+                    tx.send(number)
+                    sent = number
+            except Stop:
+                pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            tx.close()
+            received = list(rx)
+            rx.close()
+            # The one that was interrupted may have gone, or not.
+            assert received in (list(range(sent + 1)), list(range(sent + 2)))
+            assert not [number for number, times in Counter(received).items() if times > 1]
+
+
+def test_sender_closed_with_a_backlog_before_a_fork() -> None:
+    """A channel whose last sender was closed ends, though a process was forked while its backlog waited."""
+    tx, rx = channel()
+    release_tx, release_rx = channel()
+    for number in range(5000):
+        tx.send(number)
+    tx.close()
+    context: Any = multiprocessing.get_context("ipcchan_fork")
+    process = context.Process(target=release_rx.recv, args=())
+    process.start()
+    try:
+        assert rx.recv_many(5000, timeout=LIMIT)[0] == 0
+        rest = []
+        with pytest.raises(EOFError):
+            while True:
+                rest.append(rx.recv(timeout=LIMIT))
+    finally:
+        release_tx.close()
+        process.kill()
+        process.join()
+        process.close()
+        release_rx.close()
+        rx.close()
+
+
+def test_recv_many_gives_what_comes_before_a_message_that_cannot_be_decoded() -> None:
+    """The good ones first, then the failure once, then the rest."""
+    tx, rx = channel()
+    with tx, rx:
+        tx.send_many([1, 2])
+        tx.send(Undecodable())
+        tx.send(3)
+        assert rx.recv_many(10) == [1, 2]
+        with pytest.raises(SerializationError):
+            rx.recv_many(10)
+        assert rx.recv_many(10) == [3]
+
+
+class Undecodable:
+    def __reduce__(self) -> Any:
+        return int, ("x",)
