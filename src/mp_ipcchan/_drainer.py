@@ -8,6 +8,7 @@ outlet's, then ours.
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import threading
@@ -25,7 +26,10 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _lock = threading.RLock()
 #: Who has, or is about to have, something to send; and the descriptor to poll.
 _waiting: dict[Outlet, int] = {}
-_thread: threading.Thread | None = None
+#: Whether the thread was started, and has not decided to end.
+_running = False
+#: Who it is (threading.get_ident).
+_ident = 0
 #: Wakes the thread; open as long as there is one.
 _wake = -1
 #: Set when the interpreter ends: from then on what can't be sent at once goes as a last packet.
@@ -37,27 +41,43 @@ def add(outlet: Outlet) -> bool:
 
     False where no thread can do it. Raises ``OSError`` where there is no descriptor for one.
     """
-    global _thread, _wake
     if outlet in _waiting:
         return True
     with _lock:
         if _ending:
             return False
-        # One that isn't alive was never started: a signal's handler interrupted this.
-        if _thread is None or not _thread.is_alive():
-            if _wake < 0:
-                _wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            _thread = threading.Thread(target=_run, name="mp_ipcchan-drainer", daemon=True)
-            try:
-                _thread.start()
-            except RuntimeError:
-                # The interpreter is shutting down, or the process has too many.
-                _thread = None
-                _close_wake()
-                return False
+        if not _running and not _start():
+            return False
         _waiting[outlet] = outlet.fileno()
-        os.eventfd_write(_wake, 1)
+        if _wake >= 0:
+            os.eventfd_write(_wake, 1)
         return True
+
+
+def _start() -> bool:
+    """Start the thread; False where there can't be one. ``_lock`` is held.
+
+    A signal's handler may come in between and call ``add`` itself, or raise. What calls in C return is
+    kept by them in ``made`` and ``started``, so that it can't get lost.
+    """
+    global _running, _wake
+    # From here on nobody else starts one.
+    _running = True
+    made: list[int] = []
+    started: list[int] = []
+    try:
+        made.extend(map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,)))
+        _wake = made[0]
+        started.extend(map(_thread.start_new_thread, (_run,), ((),)))
+    except RuntimeError:
+        # The interpreter is shutting down, or the process has too many.
+        return False
+    finally:
+        if not started:
+            _running, _wake = False, -1
+            for fd in made:
+                os.close(fd)
+    return True
 
 
 def remove(outlet: Outlet) -> None:
@@ -67,7 +87,7 @@ def remove(outlet: Outlet) -> None:
     and its peer would wait for the end of the stream.
     """
     with _lock:
-        if _waiting.pop(outlet, None) is not None and _wake >= 0 and threading.current_thread() is not _thread:
+        if _waiting.pop(outlet, None) is not None and _wake >= 0 and threading.get_ident() != _ident:
             os.eventfd_write(_wake, 1)
 
 
@@ -79,12 +99,14 @@ def _close_wake() -> None:
 
 
 def _run() -> None:
-    global _thread
+    global _ident, _running
+    _ident = threading.get_ident()
     pause = _SHORTEST_PAUSE
     while True:
         with _lock:
             if not _waiting:
-                _thread = None
+                _running = False
+                _ident = 0
                 _close_wake()
                 return
             outlets = {fd: outlet for outlet, fd in _waiting.items()}
@@ -142,10 +164,11 @@ def _register_end(_: object = None) -> None:
 
 
 def _reset_after_fork() -> None:
-    global _lock, _thread, _ending
+    global _ident, _lock, _running, _ending
     _lock = threading.RLock()
     _waiting.clear()
-    _thread = None
+    _running = False
+    _ident = 0
     _close_wake()
     _ending = False
     _register_end()

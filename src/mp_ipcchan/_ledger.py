@@ -123,7 +123,14 @@ class Ledger:
         """Find a cell that no living process holds, settle what its last owner owed, and make it ours."""
         if self._lock_fd < 0:
             # Another open file description: the lock must be this process's alone.
-            self._lock_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+            opened: list[int] = []
+            try:
+                opened.extend(map(os.open, (f"/proc/self/fd/{self._fd}",), (os.O_RDWR | os.O_CLOEXEC,)))
+                self._lock_fd = opened[0]
+            finally:
+                # A signal's handler raised before it was kept.
+                if opened and self._lock_fd != opened[0]:
+                    os.close(opened[0])
         for cell in range(1, CELLS):
             if self._lock_cell(cell):
                 self._settle_cell(cell)
