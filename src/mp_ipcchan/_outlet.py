@@ -251,7 +251,7 @@ class Outlet:
                 packet.sent()
             if self.delivered:
                 self.delivered(count)
-        self._waiting = sum(map(len, self.backlog))
+        self._waiting = sum(map(len, self._first(None)))
         self._staged = None
         self._acks.clear()
 
@@ -266,13 +266,21 @@ class Outlet:
             return 1, len(first), first, first
         batch: list[bytes] = []
         size = 0
-        # A copy: a signal's handler may append meanwhile.
-        for item in list(islice(self.backlog, _MOST_PACKED)):
+        for item in self._first(_MOST_PACKED):
             if isinstance(item, Message) or (batch and size + len(item) > PACK_SIZE):
                 break
             batch.append(item)
             size += len(item)
         return len(batch), size, batch[-1], first if len(batch) == 1 else pack(batch)
+
+    def _first(self, most: int | None) -> list[Outgoing]:
+        """The first items of the backlog, as a copy: a handler or a finaliser may append to it meanwhile."""
+        while True:
+            try:
+                return list(islice(self.backlog, most))
+            except RuntimeError:
+                # It did while this was copied, which took memory, so that garbage was collected.
+                continue
 
     def _drop_all(self) -> None:
         if not self.backlog:
@@ -312,7 +320,7 @@ class Outlet:
                 self._await_room(None)
 
     def _spill(self) -> None:
-        items = list(self.backlog)
+        items = self._first(None)
         rest = Spill.of(items)
         try:
             rest.send_last(self._sock)
@@ -320,7 +328,7 @@ class Outlet:
             rest.close()
         self._remove(len(items))
         self._staged = None
-        self._waiting = sum(map(len, self.backlog))
+        self._waiting = sum(map(len, self._first(None)))
         for item in items:
             if isinstance(item, Message):
                 item.sent()
