@@ -90,6 +90,18 @@ def _asking(factory: str) -> Any:
     return make
 
 
+def get_context(method: str = "ipcchan") -> ForkContext | SpawnContext | ForkServerContext:
+    """``multiprocessing.get_context``, for our contexts alone and with their types.
+
+    Raises ``ValueError`` for a method that isn't one of ours.
+    """
+    context = _registry.get(method)
+    if not isinstance(context, (ForkContext, SpawnContext, ForkServerContext)):
+        names = ", ".join(sorted(name for name in _registry if name.startswith("ipcchan")))
+        raise ValueError(f"cannot find context for {method!r}; there are {names}")
+    return context
+
+
 def installed() -> bool:
     """Whether ``install`` is in force in this process."""
     return _registry["fork"] is _ours["fork"]

@@ -141,6 +141,9 @@ def connect(name: str, timeout: float | None = None) -> Sender[Any]:
             sock.connect(name)
         except BlockingIOError as error:
             raise TimeoutError(f"{name} has not accepted a connection within {timeout} seconds") from error
+        except OSError as error:
+            reason = f"{error.strerror}: nobody serves this name, or its one client has come already"
+            raise type(error)(error.errno, reason, name) from error
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
     except BaseException:
         sock.close()
