@@ -22,7 +22,7 @@ Modules import only from those above them in this list:
 from . import _reduction  # noqa: F401  (registers our types with the stdlib's pickling)
 from ._channel import bytes_channel, channel
 from ._connection import Connection, Pipe
-from ._context import get_context, install, uninstall
+from ._context import install, uninstall
 from ._fd import Fd
 from ._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
@@ -68,7 +68,6 @@ __all__ = [
     "bytes_channel",
     "channel",
     "connect",
-    "get_context",
     "install",
     "uninstall",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import multiprocessing
 from multiprocessing import context as stdlib
 from multiprocessing import spawn
-from typing import Any
+from typing import Any, ClassVar
 
 from . import _connection, _queue
 from ._process import ForkProcess, ForkServerProcess, SpawnProcess
@@ -47,15 +47,15 @@ class _Factories:
 
 
 class ForkContext(_Factories, stdlib.ForkContext):  # type: ignore[misc]
-    Process = ForkProcess
+    Process: ClassVar[type[ForkProcess]] = ForkProcess
 
 
 class SpawnContext(_Factories, stdlib.SpawnContext):  # type: ignore[misc]
-    Process = SpawnProcess
+    Process: ClassVar[type[SpawnProcess]] = SpawnProcess
 
 
 class ForkServerContext(_Factories, stdlib.ForkServerContext):  # type: ignore[misc]
-    Process = ForkServerProcess
+    Process: ClassVar[type[ForkServerProcess]] = ForkServerProcess
 
 
 _registry: dict[str, stdlib.BaseContext] = stdlib._concrete_contexts  # type: ignore[attr-defined]
@@ -88,18 +88,6 @@ def _asking(factory: str) -> Any:
 
     make.__name__, make.__qualname__, make.__doc__ = factory, original.__qualname__, original.__doc__
     return make
-
-
-def get_context(method: str = "ipcchan") -> ForkContext | SpawnContext | ForkServerContext:
-    """``multiprocessing.get_context``, for our contexts alone and with their types.
-
-    Raises ``ValueError`` for a method that isn't one of ours.
-    """
-    context = _registry.get(method)
-    if not isinstance(context, (ForkContext, SpawnContext, ForkServerContext)):
-        names = ", ".join(sorted(name for name in _registry if name.startswith("ipcchan")))
-        raise ValueError(f"cannot find context for {method!r}; there are {names}")
-    return context
 
 
 def installed() -> bool:

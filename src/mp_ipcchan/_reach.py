@@ -8,9 +8,9 @@ modules, classes and the globals of functions, where everything can be reached f
 from __future__ import annotations
 
 import gc
-import threading
 import types
 from multiprocessing import queues
+from threading import Thread
 
 from ._endpoint import Endpoint
 
@@ -18,7 +18,7 @@ from ._endpoint import Endpoint
 _OPAQUE = (
     queues.Queue,
     queues.SimpleQueue,
-    threading.Thread,
+    Thread,
     type,
     types.ModuleType,
     types.CodeType,
