@@ -93,10 +93,11 @@ class Delivery:
                 inlet.keep(box)
                 raise
             intact = isinstance(incoming, bytes) or not incoming.kinds
-            undecodable = error if decoding and not decoded and isinstance(error, Exception) else None
-            if undecodable and not (keep and intact):
+            undecodable = decoding and not decoded
+            # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
+            if undecodable and isinstance(error, Exception) and not (keep and intact):
                 self._taken()
-                self._report(undecodable)
+                self._report(error)
                 raise
             if intact:
                 inlet.put_back(incoming)
@@ -104,7 +105,7 @@ class Delivery:
             else:
                 # Some of its descriptors may have been handed out already.
                 self._taken()
-            if undecodable:
-                self._report(undecodable)
+            if undecodable and isinstance(error, Exception):
+                self._report(error)
             raise
         return decoded[0]
