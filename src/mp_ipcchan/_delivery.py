@@ -87,6 +87,7 @@ class Delivery:
                     self._taken()
             finally:
                 if lock is not None:
+                    inlet.receiving = False
                     lock.release()
         except BaseException as error:
             if incoming is None:

@@ -40,7 +40,7 @@ Taken: TypeAlias = Incoming | Spill | ShutMark
 
 
 class Inlet:
-    __slots__ = ("_sock", "_waker", "inbox", "lock", "ready", "recvmsg")
+    __slots__ = ("_sock", "_waker", "inbox", "lock", "ready", "receiving", "recvmsg")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -51,8 +51,10 @@ class Inlet:
         self.ready: deque[Incoming | Pack | Spill] = deque()
         self._waker: _Waker | None = None
         #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
-        #: Reentrant: a signal's handler may receive, too.
+        #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
         self.lock: threading.RLock = threading.RLock()
+        #: Whether somebody is receiving; changed by whoever holds the lock.
+        self.receiving = False
 
     def take(self, wait: bool) -> Taken:
         """The next message. Raises ``BlockingIOError`` where there is none and ``wait`` is false,
@@ -191,6 +193,7 @@ class Inlet:
     def reset_after_fork(self) -> None:
         """What waits here belongs to the parent; so does the epoll set, which both would share."""
         self.lock = threading.RLock()
+        self.receiving = False
         self.close()
 
 

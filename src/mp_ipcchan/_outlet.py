@@ -288,7 +288,10 @@ class Outlet:
         dropped = len(self.backlog)
         self._staged = None
         while self.backlog:
-            _unsent(self.backlog.popleft())
+            item = self.backlog.popleft()
+            if isinstance(item, Message):
+                # ``send`` returned: what moved with it is gone.
+                item.sent()
         self._waiting = 0
         if self.delivered:
             self.delivered(dropped)

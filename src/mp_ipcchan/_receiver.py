@@ -34,6 +34,10 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         deadline = None if timeout is None else deadline_in(timeout)
         if not inlet.lock.acquire(False):
             self._await_turn(inlet, deadline)
+        if inlet.receiving:
+            inlet.lock.release()
+            raise RuntimeError("this thread is receiving from it already: use try_recv in a signal's handler")
+        inlet.receiving = True
         return self._deliver(inlet, True, deadline, inlet.lock)  # type: ignore[no-any-return]
 
     def try_recv(self) -> T_co:
@@ -44,6 +48,10 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         inlet = self._open_link().inlet
         if not inlet.lock.acquire(False):
             raise Empty("another thread is receiving")
+        if inlet.receiving:
+            inlet.lock.release()
+            raise Empty("this thread is receiving from it already")
+        inlet.receiving = True
         return self._deliver(inlet, False, None, inlet.lock, keep)  # type: ignore[no-any-return]
 
     def _await_turn(self, inlet: Inlet, deadline: float | None) -> None:
@@ -115,6 +123,8 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         if not link.inlet.lock.acquire(blocking=False):
             raise ValueError(f"another thread is receiving from this {type(self).__name__}: it can't be sent now")
         try:
+            if link.inlet.receiving:
+                raise ValueError(f"this {type(self).__name__} is being received from: it can't be sent now")
             self._link, self._moved = None, True
         finally:
             link.inlet.lock.release()
