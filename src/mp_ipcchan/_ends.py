@@ -11,6 +11,7 @@ from ._connection import Connection
 from ._inlet import EndOfStream, ShutMark, Spill
 from ._link import Link, LinkHandle
 from ._message import CHANNEL_BUFFER, Handle, HandleKind, Incoming
+from ._transport._spill import lower_limit
 
 #: How long (seconds) anybody waits for a message without looking up.
 LOOK_EVERY = 1.0
@@ -61,6 +62,7 @@ class Ends:
         if spill.left and not self.writer.closed:
             sock = self.writer._link.sock
             try:
+                lower_limit(sock)
                 spill.forward(sock)
                 if spill.left:
                     spill.send_last(sock)

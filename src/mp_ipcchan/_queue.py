@@ -24,6 +24,7 @@ from ._ends import LOOK_EVERY, Ends
 from ._inlet import ShutMark
 from ._ledger import DISCARDED, SHUT
 from ._message import Incoming, Outgoing
+from ._transport._spill import lower_limit
 from ._transport.unix import SEND_FLAGS, send_shut
 from .errors import Empty, ShutDown
 
@@ -146,8 +147,10 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         self._put(_codec.encode(obj), block, deadline_in(timeout) if block else None)
 
     def _put(self, item: Outgoing, block: bool, deadline: float | None) -> None:
-        self._used = True
         books, outlet = self._books, self._writer._link.outlet
+        if not self._used:
+            self._used = True
+            lower_limit(self._writer._link.sock)
         if isinstance(item, bytes) and books.plain and not outlet.backlog:
             # The usual case, at one go.
             try:

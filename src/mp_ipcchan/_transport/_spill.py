@@ -160,7 +160,7 @@ class Spill:
         finally:
             # Lowered again, or the next process to end would find no room to raise it by. Not to what it
             # was: a process may have been killed before it came here.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+            lower_limit(sock)
         raise BlockingIOError(errno.EAGAIN, "not even the last packet has room")
 
     def close(self) -> None:
@@ -188,6 +188,11 @@ def _read_at(fd: int, position: int, size: int) -> bytes:
         position += len(piece)
         size -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def lower_limit(sock: socket.socket) -> None:
+    """Undo what a process was killed in: filled up to a raised limit, a socket has no room for a last packet."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
 
 
 def _load_all(loads: Sequence[Sequence[int]]) -> list[int]:
