@@ -54,7 +54,7 @@ class Inlet:
         #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
         self.lock: threading.RLock = threading.RLock()
         #: Whether somebody is receiving; changed by whoever holds the lock.
-        self.receiving = False
+        self.receiving: bool = False
 
     def take(self, wait: bool) -> Taken:
         """The next message. Raises ``BlockingIOError`` where there is none and ``wait`` is false,
