@@ -67,6 +67,8 @@ class Delivery:
         decoding = False
         try:
             try:
+                if lock is not None:
+                    inlet.receiving = True
                 if self._direct and not inlet.ready and not inlet.inbox:
                     # The usual case: nothing waits in user space, and what comes is a plain packet.
                     try:

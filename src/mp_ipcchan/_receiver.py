@@ -37,7 +37,6 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         if inlet.receiving:
             inlet.lock.release()
             raise RuntimeError("this thread is receiving from it already: use try_recv in a signal's handler")
-        inlet.receiving = True
         return self._deliver(inlet, True, deadline, inlet.lock)  # type: ignore[no-any-return]
 
     def try_recv(self) -> T_co:
@@ -51,7 +50,6 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         if inlet.receiving:
             inlet.lock.release()
             raise Empty("this thread is receiving from it already")
-        inlet.receiving = True
         return self._deliver(inlet, False, None, inlet.lock, keep)  # type: ignore[no-any-return]
 
     def _await_turn(self, inlet: Inlet, deadline: float | None) -> None:
