@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import glob
 import multiprocessing
@@ -83,6 +84,13 @@ def _nothing_left(_servers: None) -> Iterator[None]:
 def _is_ours(path: str) -> bool:
     """Another worker of the same run may have its own."""
     return f"-{os.getpid()}-" in path
+
+
+@pytest.fixture(autouse=True)
+def _own_limit(request: pytest.FixtureRequest) -> None:
+    """A test that hangs ends its process (``faulthandler_timeout``); these take longer, within limits of their own."""
+    if {"cpython", "slow"} & set(request.node.keywords):
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])

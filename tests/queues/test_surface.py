@@ -324,10 +324,14 @@ def test_to_a_process_that_runs(any_crew: Crew, queue: Queue[Any]) -> None:
         queue.put(inner)
         assert take(inner) == "from the child"
         inner.task_done()
-        inner.join()
+        # From here on the child puts: no join before its messages are done.
         until(inner.full)
         assert inner.qsize() == 2
         any_crew.finish(child)
+        for expected in (1, 2):
+            assert take(inner) == expected
+            inner.task_done()
+        inner.join()
 
 
 def _use_received(queue: AnyQueue) -> None:
