@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest first: handed out one by one, they end together with the rest.
+    items.sort(key=lambda item: "cpython" not in item.keywords)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
