@@ -145,20 +145,19 @@ class Books:
         if self.slots:
             self.ledger.taking(1)
 
-    def took(self) -> None:
-        """The message was taken."""
-        if self.plain:
-            self.ledger.took()
+    def took(self, count: int = 1) -> None:
+        """``count`` messages were taken."""
+        if not count:
             return
         if self.slots:
-            self.slots.add(1)
-        self.ledger.took()
-        self.left()
+            self.slots.add(count)
+        self.ledger.took(count)
+        self.left(count)
 
-    def left(self) -> None:
+    def left(self, count: int = 1) -> None:
         """There was none to take, or it waits in this process for the next taker."""
-        if self.slots:
-            self.ledger.taking(-1)
+        if self.slots and count:
+            self.ledger.taking(-count)
 
     # -- tasks -------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class Connection(Delivery, stdlib.Connection):
         if self._handle is None or not self._readable:
             self._check_closed()
             self._check_readable()
-        return self._deliver(self._link.inlet, True, None)
+        return self._deliver(self._link.inlet, True, True, None)
 
     def _take(self, block: bool = True, deadline: float | None = None) -> Incoming:  # noqa: ARG002
         inlet = self._link.inlet

@@ -20,6 +20,7 @@ from . import _codec
 from ._inlet import Inlet
 from ._message import PLAIN, Incoming, Parcel
 from ._transport.unix import AT_ONCE, CUT, WAITING, Packet
+from .errors import Empty, ShutDown
 
 
 class Lock(Protocol):
@@ -40,26 +41,24 @@ class Delivery:
         """The next message. It must not be in the hands of a call when it returns."""
         raise NotImplementedError
 
-    #: Whether a packet may be received without asking ``_take``.
-    _direct = True
     #: Whether ``_taken`` and ``_left`` do anything.
     _counts = False
 
-    def _taken(self) -> None:
-        """The message is delivered, or is of no use to anybody."""
+    def _taken(self, count: int = 1) -> None:
+        """``count`` messages are delivered, or of no use to anybody. Raises only where nothing was done."""
 
-    def _left(self) -> None:
-        """The message was put back."""
+    def _left(self, count: int = 1) -> None:
+        """``count`` messages were put back."""
 
     def _report(self, error: Exception) -> None:
         """Raise what a message that can't be decoded is to raise, if not ``error`` itself."""
 
     def _deliver(
-        self, inlet: Inlet, block: bool, deadline: float | None, lock: Lock | None = None, keep: bool = False
+        self, inlet: Inlet, direct: bool, block: bool, deadline: float | None, lock: Lock | None = None
     ) -> Any:
         """Take and decode a message. ``lock``, if given, is held; it is released whatever happens.
 
-        With ``keep``, a message that can't be decoded is put back, for the next call to fail with.
+        ``direct``: whether a packet may be received without asking ``_take``.
         """
         incoming: Incoming | None = None
         box: list[Packet] = []
@@ -69,10 +68,12 @@ class Delivery:
             try:
                 if lock is not None:
                     inlet.receiving = True
-                if self._direct and not inlet.ready and not inlet.inbox:
+                if not direct or inlet.inbox:
+                    pass
+                elif not inlet.ready:
                     # The usual case: nothing waits in user space, and what comes is a plain packet.
                     try:
-                        box.extend(starmap(inlet.recvmsg, WAITING if block and deadline is None else AT_ONCE))
+                        box = [*starmap(inlet.recvmsg, WAITING if block and deadline is None else AT_ONCE)]
                         data, ancillary, flags, _ = box[0]
                         if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                             incoming = data
@@ -80,11 +81,14 @@ class Delivery:
                             inlet.keep(box)
                     except (BlockingIOError, ConnectionResetError):
                         pass
+                elif lock is not None and inlet.waker is None and inlet.ready[0].__class__ is bytes:
+                    # Came packed with others, and nobody else takes.
+                    [incoming] = starmap(inlet.ready.popleft, ((),))  # type: ignore[assignment]
                 if incoming is None:
                     incoming = self._take(block, deadline)
-                items = map(self._loads, (incoming,)) if isinstance(incoming, bytes) else self._decoder(incoming)
+                items = map(self._loads, (incoming,)) if incoming.__class__ is bytes else self._decoder(incoming)  # type: ignore[arg-type]
                 decoding = True
-                decoded.extend(items)
+                decoded = [*items]
                 if self._counts:
                     self._taken()
             finally:
@@ -95,20 +99,67 @@ class Delivery:
             if incoming is None:
                 inlet.keep(box)
                 raise
-            intact = isinstance(incoming, bytes) or not incoming.kinds
-            undecodable = decoding and not decoded
-            # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
-            if undecodable and isinstance(error, Exception) and not (keep and intact):
-                self._taken()
-                self._report(error)
-                raise
-            if intact:
-                inlet.put_back(incoming)
-                self._left()
-            else:
+            undecodable = decoding and not decoded and isinstance(error, Exception)
+            if undecodable or not _is_intact(incoming):
                 # Some of its descriptors may have been handed out already.
                 self._taken()
-            if undecodable and isinstance(error, Exception):
-                self._report(error)
+            else:
+                inlet.put_back(incoming)
+                self._left()
+            # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
+            if undecodable:
+                self._report(error)  # type: ignore[arg-type]
             raise
         return decoded[0]
+
+    def _deliver_many(self, inlet: Inlet, most: int, deadline: float | None, lock: Lock | None = None) -> list[Any]:
+        """Wait for a message as ``_deliver`` does; decode it and those that are there, ``most`` in all."""
+        taken: list[Incoming] = []
+        decoded: list[Any] = []
+        decoding = False
+        try:
+            try:
+                if lock is not None:
+                    inlet.receiving = True
+                taken.append(self._take(True, deadline))
+                try:
+                    while len(taken) < most:
+                        if lock is None or not inlet.take_packed(taken, most):
+                            taken.append(self._take(False, None))
+                except (Empty, EOFError, ShutDown):
+                    # An end shows again in the next call: this one has something to return.
+                    pass
+                decoding = True
+                if all(one.__class__ is bytes for one in taken):
+                    decoded.extend(map(self._loads, taken))  # type: ignore[arg-type]
+                else:
+                    for one in taken:
+                        decoded.extend(map(self._loads, (one,)) if isinstance(one, bytes) else self._decoder(one))
+                if self._counts:
+                    self._taken(len(taken))
+            finally:
+                if lock is not None:
+                    inlet.receiving = False
+                    lock.release()
+        except BaseException as error:
+            done = len(decoded)
+            if not decoding or done == len(taken) or not isinstance(error, Exception):
+                intact = [one for one in taken if _is_intact(one)]
+                inlet.put_back(*intact)
+                self._left(len(intact))
+                self._taken(len(taken) - len(intact))
+                raise
+            # A message that can't be decoded: the next call says so, if there is something to return now.
+            gone = done or 1
+            inlet.put_back(*taken[gone:])
+            self._left(len(taken) - gone)
+            self._taken(gone)
+            if not done:
+                self._report(error)
+                raise
+        return decoded
+
+
+def _is_intact(incoming: Incoming) -> bool:
+    """Whether a message may be decoded once more."""
+    return isinstance(incoming, bytes) or not incoming.kinds

@@ -13,12 +13,11 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from itertools import starmap
+from itertools import islice, repeat, starmap
 from typing import TypeAlias
 
 from ._deadline import wait_for
 from ._message import PLAIN, Incoming, Parcel
-from ._transport._frame import Pack
 from ._transport._spill import Spill
 from ._transport.unix import (
     AT_ONCE,
@@ -40,16 +39,17 @@ Taken: TypeAlias = Incoming | Spill | ShutMark
 
 
 class Inlet:
-    __slots__ = ("_sock", "_waker", "inbox", "lock", "ready", "receiving", "recvmsg")
+    __slots__ = ("_sock", "inbox", "lock", "ready", "receiving", "recvmsg", "waker")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.recvmsg: Callable[[int, int, int], Packet] = sock.recvmsg
         #: Packets of interrupted calls, as received.
         self.inbox: deque[Packet] = deque()
-        #: Messages that wait here, the oldest first. A Pack or Spill stands for all that it still holds.
-        self.ready: deque[Incoming | Pack | Spill] = deque()
-        self._waker: _Waker | None = None
+        #: Messages that wait here, the oldest first. A Spill stands for all that it still holds.
+        self.ready: deque[Incoming | Spill] = deque()
+        #: There once somebody has asked for ``fileno``.
+        self.waker: _Waker | None = None
         #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
         #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
         self.lock: threading.RLock = threading.RLock()
@@ -66,26 +66,26 @@ class Inlet:
             # Lists of this call's own: several threads may be receiving. What is in them is safe from
             # a signal's handler that raises, because it gets there in one C call.
             box: list[Packet] = []
-            opened: list[Opened] = []
+            opened: deque[Opened] = deque()
             spent: list[int] = []
             try:
                 if self.ready:
                     return self._take_ready()
                 if self.inbox:
-                    box.extend(starmap(self.inbox.popleft, ((),)))
+                    box = [*starmap(self.inbox.popleft, ((),))]
                 else:
-                    box.extend(starmap(self.recvmsg, WAITING if wait else AT_ONCE))
+                    box = [*starmap(self.recvmsg, WAITING if wait else AT_ONCE)]
                 data, ancillary, flags, _ = box[0]
                 if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                     return data
                 open_packet(box[0], opened, spent)
                 if spent:
                     close_all(spent)
-                if opened[0].__class__ is not Pack:
-                    return opened[0]  # type: ignore[return-value]
-                # From one list straight into the other, so that there is one place to rescue it from.
+                if len(opened) == 1:
+                    return opened[0]
+                # From one queue straight into the other, so that there is one place to rescue them from.
                 del box[0]
-                self.ready.extend(map(opened.pop, (0,)))  # type: ignore[arg-type]
+                self.ready.extend(starmap(opened.popleft, repeat((), len(opened))))  # type: ignore[arg-type]
             except ConnectionResetError:
                 # A peer that closed with packets of ours unread makes the kernel report this once,
                 # ahead of what that peer sent before; only the empty packet is the end.
@@ -97,19 +97,18 @@ class Inlet:
                     # Another thread was faster.
                     continue
                 raise
-            if self._waker:
-                self._waker.set()
+            if self.waker:
+                self.waker.set()
 
     def keep(self, box: list[Packet]) -> None:
         """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
         self.inbox.extend(map(box.pop, (0,) * len(box)))
 
-    def _rescue(self, box: list[Packet], opened: list[Opened], spent: list[int], error: BaseException) -> None:
+    def _rescue(self, box: list[Packet], opened: deque[Opened], spent: list[int], error: BaseException) -> None:
         """Keep what a signal's handler interrupted for the next call; close a packet that is no good."""
         if opened:
             close_all(spent)
-            if not isinstance(opened[0], ShutMark):
-                self.put_back(opened[0])
+            self.put_back(*(one for one in opened if not isinstance(one, ShutMark)))
         elif isinstance(error, (EndOfStream, OSError)) and _is_ours(error):
             close_packet(box[0])
         else:
@@ -118,28 +117,43 @@ class Inlet:
     def _take_ready(self) -> Incoming:
         """The oldest of the messages that wait here. ``IndexError`` where there is none after all."""
         first = self.ready[0]
-        while isinstance(first, (Pack, Spill)):
+        while isinstance(first, Spill):
             if first.left:
-                if self._waker and first.left == 1 and len(self.ready) == 1:
-                    self._waker.clear()
+                if self.waker and first.left == 1 and len(self.ready) == 1:
+                    self.waker.clear()
                 return first.pop()
             self.ready.popleft()
             first = self.ready[0]
         held: list[Incoming] = []
         try:
             held.extend(starmap(self.ready.popleft, ((),)))  # type: ignore[arg-type]
-            if self._waker and not self.ready:
-                self._waker.clear()
+            if self.waker and not self.ready:
+                self.waker.clear()
         except BaseException:
             self.put_back(*held)
             raise
         return held[0]
 
-    def put_back(self, *messages: Incoming | Pack | Spill) -> None:
+    def take_packed(self, into: list[Incoming], most: int) -> bool:
+        """Take plain messages that wait here until ``into`` has ``most``; False where there are none.
+
+        For the only reader.
+        """
+        plain = 0
+        for one in islice(self.ready, most - len(into)):
+            if one.__class__ is not bytes:
+                break
+            plain += 1
+        into.extend(starmap(self.ready.popleft, repeat((), plain)))  # type: ignore[arg-type]
+        if self.waker and not self.ready:
+            self.waker.clear()
+        return plain > 0
+
+    def put_back(self, *messages: Incoming | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
         self.ready.extendleft(reversed(messages))
-        if self._waker and self.ready:
-            self._waker.set()
+        if self.waker and self.ready:
+            self.waker.set()
 
     def await_readable(self, deadline: float | None) -> bool:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
@@ -150,7 +164,7 @@ class Inlet:
     @property
     def holding(self) -> bool:
         """Whether messages wait here, where ``poll`` on the socket doesn't see them."""
-        return bool(self.inbox) or any(not isinstance(one, (Pack, Spill)) or one.left for one in self.ready)
+        return bool(self.inbox) or any(not isinstance(one, Spill) or one.left for one in self.ready)
 
     def fileno(self) -> int:
         """A descriptor that is readable whenever ``take`` would not block.
@@ -158,31 +172,30 @@ class Inlet:
         The socket itself would not do once messages wait here; so this is an epoll descriptor
         over the socket and an eventfd, made when somebody first asks.
         """
-        if self._waker is None:
-            self._waker = _Waker(self._sock)
+        if self.waker is None:
+            self.waker = _Waker(self._sock)
             if self.holding:
-                self._waker.set()
-        return self._waker.epoll.fileno()
+                self.waker.set()
+        return self.waker.epoll.fileno()
 
     def unload(self) -> list[Incoming]:
         """Take out all that waits here, for a receiver that moves."""
         messages: list[Incoming] = []
         while self.inbox:
-            opened: list[Opened] = []
+            opened: deque[Opened] = deque()
             spent: list[int] = []
             open_packet(self.inbox.popleft(), opened, spent)
             close_all(spent)
-            if not isinstance(opened[0], ShutMark):
-                self.ready.append(opened[0])
+            self.ready.extend(one for one in opened if not isinstance(one, ShutMark))
         while self.holding:
             messages.append(self._take_ready())
         return messages
 
     def close(self) -> None:
         """Drop what waits here. The socket is the link's to close."""
-        if self._waker:
-            self._waker.close()
-            self._waker = None
+        if self.waker:
+            self.waker.close()
+            self.waker = None
         while self.ready:
             waiting = self.ready.popleft()
             if isinstance(waiting, (Parcel, Spill)):

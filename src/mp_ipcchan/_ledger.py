@@ -83,21 +83,18 @@ class Ledger:
         """
         with self.lock:
             words, base = self._words, self._base or self._claim()
-            if words[_STATE]:
-                return False
-            sent: list[int] = []
-            begun = words[base + BEGUN]
+            sent = 0
+            # Entered before the state is looked at: whoever shuts the queue down looks the other way round.
+            words[base + BEGUN] += 1
             try:
-                words[base + BEGUN] = begun + 1
-                sent.extend(map(send, (frame,), (flags,)))
-                words[base + DELIVERED] += 1
-            except BaseException:
-                if sent:
+                if not words[_STATE]:
+                    [sent] = map(send, (frame,), (flags,))
                     words[base + DELIVERED] += 1
-                else:
-                    words[base + BEGUN] = begun
-                raise
-        return True
+                    return True
+            finally:
+                if not sent:
+                    words[base + BEGUN] -= 1
+        return False
 
     def deliver(self, count: int = 1) -> None:
         """The kernel has ``count`` messages that were begun."""
@@ -114,10 +111,18 @@ class Ledger:
         with self.lock:
             self._words[(self._base or self._claim()) + _TAKING] += count
 
-    def took(self) -> None:
-        """Enter a message that was taken out of the queue."""
-        with self.lock:
-            self._words[(self._base or self._claim()) + _TAKEN] += 1
+    def took(self, count: int = 1) -> None:
+        """Enter messages that were taken out of the queue. Where a signal's handler raises, nothing is entered."""
+        entered = False
+        try:
+            with self.lock:
+                self._words[(self._base or self._claim()) + _TAKEN] += count
+                entered = True
+        except BaseException:
+            if entered:
+                with self.lock:
+                    self._words[self._base + _TAKEN] -= count
+            raise
 
     def _claim(self) -> int:
         """Find a cell that no living process holds, settle what its last owner owed, and make it ours."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from itertools import islice, repeat, starmap
 
 from . import _drainer
-from ._deadline import remaining, wait_for
+from ._deadline import deadline_in, remaining, wait_for
 from ._message import Message, Outgoing
 from ._transport._frame import pack
 from ._transport._spill import Spill
@@ -170,11 +170,13 @@ class Outlet:
         """
         if isinstance(item, Message):
             item.own()
-        accepted = [] if accepted is None else accepted
         with self.lock:
             # First somebody who sends it: an item that waits must never be without.
-            served = _drainer.add(self)
-            accepted.extend(map(self.backlog.append, (item,)))
+            served = bool(self.backlog) or _drainer.add(self)
+            if accepted is None:
+                self.backlog.append(item)
+            else:
+                accepted.extend(map(self.backlog.append, (item,)))
             self._waiting += len(item)
             if not served:
                 self.spill()
@@ -320,7 +322,10 @@ class Outlet:
                     # The reader is gone, and with it everybody who could miss something.
                     self._drop_all()
                     return
-                self._await_room(None)
+                # Not for long: it may only be that another process, which ends as well, has lowered
+                # the limit meanwhile, and nobody reads.
+                self._await_room(deadline_in(self._pause))
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _spill(self) -> None:
         items = self._first(None)

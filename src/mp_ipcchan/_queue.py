@@ -67,7 +67,7 @@ class SimpleQueue(Delivery, _StdlibSimpleQueue, Generic[T]):
     def get(self) -> T:
         """Take a message; waits for one."""
         self._reader._check_closed()
-        return self._deliver(self._reader._link.inlet, True, None)  # type: ignore[no-any-return]
+        return self._deliver(self._reader._link.inlet, True, True, None)  # type: ignore[no-any-return]
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         while True:
@@ -177,7 +177,9 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         """
         self._check_open()
         deadline = deadline_in(timeout) if block and timeout is not None else None
-        return self._deliver(self._inlet, block, deadline)  # type: ignore[no-any-return]
+        books = self._books
+        direct = books.plain and not books.ledger.state and self._reader._handle is not None
+        return self._deliver(self._inlet, direct, block, deadline)  # type: ignore[no-any-return]
 
     def get_nowait(self) -> T:
         """``get(False)``."""
@@ -187,26 +189,16 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         """Wait for a message as ``get`` does, and return it with those that are there, 1 to ``max_items``."""
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
-        items = [self.get(True, timeout)]
-        try:
-            while len(items) < max_items:
-                items.append(self._deliver(self._inlet, False, None, None, True))
-        except Exception:
-            # An end or a failure shows again in the next call: this one has something to return.
-            pass
-        return items
+        self._check_open()
+        return self._deliver_many(self._inlet, max_items, deadline_in(timeout))
 
     _counts = True
 
-    @property
-    def _direct(self) -> bool:  # type: ignore[override]
-        return self._books.plain and not self._books.ledger.state and self._reader._handle is not None
+    def _taken(self, count: int = 1) -> None:
+        self._books.took(count)
 
-    def _taken(self) -> None:
-        self._books.took()
-
-    def _left(self) -> None:
-        self._books.left()
+    def _left(self, count: int = 1) -> None:
+        self._books.left(count)
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """A message that ``books.taking`` was told of."""

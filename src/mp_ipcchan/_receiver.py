@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Iterator
-from typing import Generic, TypeVar, final
+from typing import Generic, NoReturn, TypeVar, final
 
 from typing_extensions import Self
 
@@ -32,25 +32,22 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         """
         inlet = (self._link or self._open_link()).inlet
         deadline = None if timeout is None else deadline_in(timeout)
-        if not inlet.lock.acquire(False):
+        lock = inlet.lock
+        if not lock.acquire(False):
             self._await_turn(inlet, deadline)
         if inlet.receiving:
-            inlet.lock.release()
-            raise RuntimeError("this thread is receiving from it already: use try_recv in a signal's handler")
-        return self._deliver(inlet, True, deadline, inlet.lock)  # type: ignore[no-any-return]
+            _refuse_to_interrupt(inlet)
+        return self._deliver(inlet, True, True, deadline, lock)  # type: ignore[no-any-return]
 
     def try_recv(self) -> T_co:
         """The next message, if there is one now, else ``Empty``; otherwise as ``recv``."""
-        return self._try_recv(keep=False)
-
-    def _try_recv(self, *, keep: bool) -> T_co:
         inlet = self._open_link().inlet
         if not inlet.lock.acquire(False):
             raise Empty("another thread is receiving")
         if inlet.receiving:
             inlet.lock.release()
             raise Empty("this thread is receiving from it already")
-        return self._deliver(inlet, False, None, inlet.lock, keep)  # type: ignore[no-any-return]
+        return self._deliver(inlet, True, False, None, inlet.lock)  # type: ignore[no-any-return]
 
     def _await_turn(self, inlet: Inlet, deadline: float | None) -> None:
         """Wait while another thread receives; hold the lock then."""
@@ -66,14 +63,12 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         """Wait for a message as ``recv`` does, and return it with those that are there, 1 to ``max_items``."""
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
-        messages = [self.recv(timeout)]
-        try:
-            while len(messages) < max_items:
-                messages.append(self._try_recv(keep=True))
-        except (Disconnected, SerializationError, Empty, OSError):
-            # An end or a failure shows again in the next call: this one has something to return.
-            pass
-        return messages
+        inlet = self._open_link().inlet
+        deadline = None if timeout is None else deadline_in(timeout)
+        self._await_turn(inlet, deadline)
+        if inlet.receiving:
+            _refuse_to_interrupt(inlet)
+        return self._deliver_many(inlet, max_items, deadline, inlet.lock)
 
     def __iter__(self) -> Iterator[T_co]:
         """Receive until every sender is gone."""
@@ -169,6 +164,11 @@ class BytesReceiver(ReceiverBase[bytes]):
                 raise ValueError(f"a message of {len(source)} bytes doesn't fit a buffer of {len(target)}; still there")
         target[: len(source)] = source
         return len(source)
+
+
+def _refuse_to_interrupt(inlet: Inlet) -> NoReturn:
+    inlet.lock.release()
+    raise RuntimeError("this thread is receiving from it already: use try_recv in a signal's handler")
 
 
 def view_bytes(incoming: Incoming) -> memoryview:

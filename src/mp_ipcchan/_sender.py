@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Generic, TypeAlias, TypeVar, final
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeAlias, TypeVar, final
 
 from typing_extensions import Self
 
@@ -22,8 +22,18 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 class SenderBase(Endpoint, Generic[T_contra]):
     __slots__ = ()
 
-    def _encode(self, obj: T_contra) -> Outgoing:
-        raise NotImplementedError
+    #: Makes the message for an object.
+    _encode: Callable[[Any], Outgoing]
+
+    def _report(self, obj: T_contra, error: Exception) -> None:
+        """Raise what an object that can't be encoded is to raise, if not ``error`` itself."""
+
+    def _message(self, obj: T_contra) -> Outgoing:
+        try:
+            return self._encode(obj)
+        except Exception as error:
+            self._report(obj, error)
+            raise
 
     def send(self, obj: T_contra, timeout: float | None = None) -> None:
         """Send ``obj``; without ``timeout`` this never waits for the receiver, however far behind it is.
@@ -34,17 +44,23 @@ class SenderBase(Endpoint, Generic[T_contra]):
         ``EndpointMoved`` and ``EndpointClosed``, for this endpoint or one in ``obj``.
         """
         outlet = (self._link or self._open_link()).outlet
-        item = self._encode(obj)
+        try:
+            item = self._encode(obj)
+        except Exception as error:
+            self._report(obj, error)
+            raise
         try:
             if timeout is None:
-                if isinstance(item, bytes) and not outlet.backlog:
+                if item.__class__ is not bytes:
+                    outlet.send(item)
+                elif outlet.backlog:
+                    outlet.defer(item)
+                else:
                     # The usual case, without further calls.
                     try:
                         outlet.send_raw(item, SEND_FLAGS)
-                        return
                     except BlockingIOError:
-                        pass
-                outlet.send(item)
+                        outlet.send(item)
                 return
             sent = outlet.send_by(item, deadline_in(timeout))
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -55,7 +71,7 @@ class SenderBase(Endpoint, Generic[T_contra]):
     def try_send(self, obj: T_contra) -> None:
         """Send ``obj`` if the kernel takes it now, else raise ``Full``; otherwise as ``send``."""
         outlet = self._open_link().outlet
-        item = self._encode(obj)
+        item = self._message(obj)
         try:
             sent = outlet.try_send(item)
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -76,7 +92,7 @@ class SenderBase(Endpoint, Generic[T_contra]):
         try:
             try:
                 for obj in objs:
-                    item = self._encode(obj)
+                    item = self._message(obj)
                     if size + len(item) > PACK_SIZE or not isinstance(item, bytes):
                         outlet.send_all(batch)
                         batch, size = [], 0
@@ -104,23 +120,11 @@ class Sender(SenderBase[T_contra]):
 
     __slots__ = ()
 
-    def _encode(self, obj: T_contra) -> Outgoing:
-        try:
-            return _codec.encode(obj)
-        except (EndpointMoved, EndpointClosed):
-            raise
-        except Exception as error:
+    _encode = staticmethod(_codec.encode)
+
+    def _report(self, obj: T_contra, error: Exception) -> None:
+        if not isinstance(error, (EndpointMoved, EndpointClosed)):
             raise SerializationError(f"can't serialize {type(obj).__name__!r} object: {error}") from error
-
-
-@final
-class BytesSender(SenderBase[Buffer]):
-    """The sending end of a channel of buffers, which are sent as they are."""
-
-    __slots__ = ()
-
-    def _encode(self, obj: Buffer) -> Outgoing:
-        return encode_bytes(obj)
 
 
 def encode_bytes(buffer: Buffer) -> Outgoing:
@@ -132,3 +136,12 @@ def encode_bytes(buffer: Buffer) -> Outgoing:
     if view.nbytes <= INLINE_SIZE:
         return PLAIN + view.tobytes()
     return Message([view.cast("B") if view.c_contiguous else view.tobytes()])
+
+
+@final
+class BytesSender(SenderBase[Buffer]):
+    """The sending end of a channel of buffers, which are sent as they are."""
+
+    __slots__ = ()
+
+    _encode = staticmethod(encode_bytes)

@@ -16,12 +16,12 @@ from mp_ipcchan._transport._frame import (
     SEGMENT_FLAG,
     SHUT,
     FrameKind,
-    Pack,
     head,
     pack,
     parse,
     parse_record,
     record,
+    unpack,
 )
 from mp_ipcchan.errors import ProtocolError
 
@@ -56,15 +56,13 @@ def test_descriptors_are_counted(flags: int, descriptors: int) -> None:
 def test_pack() -> None:
     frames = [PLAIN + bytes(size) for size in (0, 1, 1000)]
     packet = pack(frames)
-    unpacked = Pack(parse(packet, 0), packet)
-    assert [unpacked.pop() for _ in range(3)] == frames
-    assert not unpacked.left
+    assert unpack(parse(packet, 0), packet) == frames
 
 
 def test_pack_of_something_else() -> None:
-    packet = pack([b"stranger"])
+    packet = pack([PLAIN, b"stranger"])
     with pytest.raises(ProtocolError):
-        Pack(parse(packet, 0), packet).pop()
+        unpack(parse(packet, 0), packet)
 
 
 def test_record() -> None:

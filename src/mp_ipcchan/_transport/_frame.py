@@ -26,7 +26,7 @@ import enum
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 from .._message import KNOWN_KINDS, MAX_BUFFERS, MAX_HANDLES, PLAIN
 from ..errors import ProtocolError
@@ -148,31 +148,12 @@ def pack(frames: Sequence[bytes]) -> bytes:
     return head(FrameKind.PACK, 0, b"", [len(frame) for frame in frames], 0) + b"".join(frames)
 
 
-class Pack:
-    """The plain frames of a packet that ``pack`` made, taken one by one."""
-
-    __slots__ = ("_lengths", "_next", "_packet", "_position", "left")
-
-    def __init__(self, frame: Frame, packet: bytes) -> None:
-        self._packet = packet
-        self._lengths = frame.lengths
-        self._next = 0
-        self._position = frame.start
-        self.left: int = len(frame.lengths)
-
-    def pop(self) -> bytes:
-        """Take the next frame out."""
-        index, start = self._next, self._position
-        end = start + self._lengths[index]
-        frame = self._packet[start:end]
-        if not frame.startswith(PLAIN):
-            self.left = 0
-            raise ProtocolError("a packet of packed messages holds something else")
-        # Taken from here on: no call follows, hence no signal's handler.
-        self._next = index + 1
-        self._position = end
-        self.left -= 1
-        return frame
+def unpack(frame: Frame, packet: bytes) -> list[bytes]:
+    """The plain frames of a packet that ``pack`` made."""
+    frames = [packet[where] for where in slices(frame.start, frame.lengths)]
+    if not all(map(bytes.startswith, frames, repeat(PLAIN))):
+        raise ProtocolError("a packet of packed messages holds something else")
+    return frames
 
 
 #: Told to every reader of a queue that was shut down.

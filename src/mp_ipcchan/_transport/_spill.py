@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from .. import _segment
 from .._message import CHANNEL_BUFFER, INLINE_SIZE, PLAIN, PLAIN_SIZE, HandleKind, Message, Outgoing, Parcel
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, Carrier, load, unload
+from ._carrier import MAX_IN_PACKET, SEND_FLAGS, Carrier, load, send_rights, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
 #: net.core.wmem_max allows. Two steps: a process killed at the first leaves room for others to use the second.
 _RAISED = (131072, 1 << 22, 1 << 22, 1 << 22)
-_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 #: How much is read at a time (bytes).
 _CHUNK = 8192
 #: How much is read at a time to be sent on: more than any message that goes in a packet.
@@ -98,7 +97,7 @@ class Spill:
                 if found.table_size or found.body_size > INLINE_SIZE or at > len(chunk):
                     break
                 try:
-                    sock.send(PLAIN + chunk[start:at], _SEND_FLAGS)
+                    sock.send(PLAIN + chunk[start:at], SEND_FLAGS)
                 except BlockingIOError:
                     return
                 self._position += at - start + RECORD_SIZE
@@ -152,7 +151,7 @@ class Spill:
             for raised in _RAISED:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, raised)
                 try:
-                    socket.send_fds(sock, [frame], [self._segment_fd, *self._carriers], _SEND_FLAGS)
+                    send_rights(sock, [frame], [self._segment_fd, *self._carriers])
                     return
                 except BlockingIOError:
                     # Or another process has lowered it meanwhile.

@@ -10,13 +10,15 @@ from __future__ import annotations
 import array
 import os
 import socket
+from collections import deque
 from functools import partial
 from typing import TypeAlias
 
 from .. import _segment
 from .._message import PACKET_SIZE, PLAIN, Buffer, Incoming, Message, Outgoing, Parcel
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, descriptors_in, load, too_many, unload
+from ._carrier import MAX_IN_PACKET, descriptors_in, load, send_rights, too_many, unload
+from ._carrier import SEND_FLAGS as SEND_FLAGS
 from ._frame import (
     CARRIER_FLAG,
     HEADER_SIZE,
@@ -24,10 +26,10 @@ from ._frame import (
     SHUT,
     Frame,
     FrameKind,
-    Pack,
     head,
     parse,
     slices,
+    unpack,
 )
 from ._spill import Spill
 
@@ -36,7 +38,6 @@ PIPE_BUFFER = 212992
 
 # Plain ints: the socket module's flags are enums, whose operators cost more than a system call.
 MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
-SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 _SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)
 #: Arguments of ``recvmsg``: one set that waits as long as it takes, one that never does.
@@ -58,7 +59,7 @@ class ShutMark:
 
 
 #: What a packet turns out to hold.
-Opened: TypeAlias = Incoming | Pack | Spill | ShutMark
+Opened: TypeAlias = Incoming | Spill | ShutMark
 
 
 def make_pair(send_buffer: int) -> tuple[socket.socket, socket.socket]:
@@ -121,15 +122,14 @@ def _transmit_message(sock: socket.socket, message: Message) -> None:
         else:
             fds += [handle.fileno() for handle in message.handles]
         frame = head(FrameKind.ENVELOPE, flags, kinds, sizes, body_size)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        sock.sendmsg([frame, payload], rights, SEND_FLAGS)
+        send_rights(sock, [frame, payload], fds)
     finally:
         for fd in ours:
             os.close(fd)
 
 
-def open_packet(packet: Packet, opened: list[Opened], spent: list[int]) -> None:
-    """Append what a received packet holds to ``opened``, in one C call, which then owns its descriptors.
+def open_packet(packet: Packet, opened: deque[Opened], spent: list[int]) -> None:
+    """Append the messages of a received packet to ``opened``, in one C call; they own its descriptors then.
 
     But for those in ``spent``, which have served: the caller closes them then.
 
@@ -151,7 +151,7 @@ def open_packet(packet: Packet, opened: list[Opened], spent: list[int]) -> None:
         return
     frame = parse(data, len(fds))
     if frame.kind is FrameKind.PACK:
-        opened.append(Pack(frame, data))
+        opened.extend(unpack(frame, data))
     elif frame.kind is FrameKind.SHUT:
         opened.append(ShutMark())
     elif frame.kind is FrameKind.SPILL:
@@ -162,7 +162,7 @@ def open_packet(packet: Packet, opened: list[Opened], spent: list[int]) -> None:
         _open_envelope(frame, data, fds, opened, spent)
 
 
-def _open_envelope(frame: Frame, data: bytes, fds: list[int], opened: list[Opened], spent: list[int]) -> None:
+def _open_envelope(frame: Frame, data: bytes, fds: list[int], opened: deque[Opened], spent: list[int]) -> None:
     body: Buffer
     buffers: list[Buffer]
     inside = _handles(frame, fds)
