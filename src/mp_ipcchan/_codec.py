@@ -60,16 +60,18 @@ def revive(*_: object) -> object:
 
 
 class _Encoder:
-    __slots__ = ("__weakref__", "_buffers", "_clear_memo", "_dump", "_handles", "_pickler", "_pieces", "_version")
+    """A pickler and what it collects. Used by ``encode`` alone."""
+
+    __slots__ = ("__weakref__", "_pickler", "buffers", "clear_memo", "dump", "handles", "pieces", "version")
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._buffers: list[memoryview] = []
-        self._handles: list[Handle] = []
+        self.pieces: list[bytes] = []
+        self.buffers: list[memoryview] = []
+        self.handles: list[Handle] = []
         #: How many foreign reducers the table was made of; none are ever taken away.
-        self._version = -1
-        self._pickler = pickle.Pickler(_Sink(self._pieces), PROTOCOL, buffer_callback=self._keep_buffer)
-        self._dump, self._clear_memo = self._pickler.dump, self._pickler.clear_memo
+        self.version = -1
+        self._pickler = pickle.Pickler(_Sink(self.pieces), PROTOCOL, buffer_callback=self._keep_buffer)
+        self.dump, self.clear_memo = self._pickler.dump, self._pickler.clear_memo
 
     def _keep_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Whether the pickler is to write ``buffer`` into the pickle, as it would without us."""
@@ -77,9 +79,9 @@ class _Encoder:
             view = buffer.raw()
         except BufferError:
             return True
-        if view.nbytes < OUT_OF_BAND or len(self._buffers) >= MAX_BUFFERS:
+        if view.nbytes < OUT_OF_BAND or len(self.buffers) >= MAX_BUFFERS:
             return True
-        self._buffers.append(view)
+        self.buffers.append(view)
         return False
 
     def _table(self) -> dict[type, Callable[[Any], Any]]:
@@ -97,30 +99,22 @@ class _Encoder:
 
     def _reduce(self, pack: Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
         rebuild, args, handles = pack(obj)
-        first = len(self._handles)
-        self._handles += handles
+        first = len(self.handles)
+        self.handles += handles
         return revive, (rebuild, args, first, len(handles))
 
-    def encode(self, obj: object) -> Outgoing:
-        if len(_stdlib_table) + len(_registered) != self._version:
-            self._pickler.dispatch_table = self._table()
-            self._version = len(_stdlib_table) + len(_registered)
-        try:
-            self._dump(obj)
-        except BaseException:
-            Message((), (), self._handles).unsent()
-            raise
-        self._clear_memo()
-        pieces = self._pieces
-        if len(pieces) == 1 and not self._buffers and not self._handles and len(pieces[0]) <= INLINE_SIZE:
-            frame = PLAIN + pieces.pop()
-            _free.append(self)
-            return frame
-        message = Message(pieces[:], self._buffers[:], self._handles[:])
-        if sum(map(len, pieces)) <= _KEEP_BELOW:
-            pieces.clear()
-            self._buffers.clear()
-            self._handles.clear()
+    def refresh(self) -> None:
+        """Take notice of what was registered since."""
+        self._pickler.dispatch_table = self._table()
+        self.version = len(_stdlib_table) + len(_registered)
+
+    def message(self) -> Message:
+        """What ``dump`` has made, where it is more than a plain frame."""
+        message = Message(self.pieces[:], self.buffers[:], self.handles[:])
+        if sum(map(len, self.pieces)) <= _KEEP_BELOW:
+            self.pieces.clear()
+            self.buffers.clear()
+            self.handles.clear()
             _free.append(self)
         return message
 
@@ -139,10 +133,23 @@ class _Sink:
 def encode(obj: object) -> Outgoing:
     """The message for ``obj``. Raises whatever pickling it raises; endpoints in it are as before then."""
     try:
-        encode_kept = _free.pop().encode
+        kept = _free.pop()
     except IndexError:
-        encode_kept = _Encoder().encode
-    return encode_kept(obj)
+        kept = _Encoder()
+    if len(_stdlib_table) + len(_registered) != kept.version:
+        kept.refresh()
+    try:
+        kept.dump(obj)
+    except BaseException:
+        Message((), (), kept.handles).unsent()
+        raise
+    kept.clear_memo()
+    pieces = kept.pieces
+    if len(pieces) > 1 or kept.buffers or kept.handles or len(pieces[0]) > INLINE_SIZE:
+        return kept.message()
+    frame = PLAIN + pieces.pop()
+    _free.append(kept)
+    return frame
 
 
 def decoder(parcel: Parcel) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from . import _codec
 from ._inlet import Inlet
 from ._message import PLAIN, Incoming, Parcel
-from ._transport.unix import AT_ONCE, CUT, WAITING, Packet
+from ._transport.unix import AT_ONCE, CUT, Packet
 from .errors import Empty, ShutDown
 
 
@@ -73,7 +73,12 @@ class Delivery:
                 elif not inlet.ready:
                     # The usual case: nothing waits in user space, and what comes is a plain packet.
                     try:
-                        box = [*starmap(inlet.recvmsg, WAITING if block and deadline is None else AT_ONCE)]
+                        try:
+                            box = [*starmap(inlet.recvmsg, AT_ONCE)]
+                        except BlockingIOError:
+                            if not block or deadline is not None:
+                                raise
+                            box = inlet.await_packet()
                         data, ancillary, flags, _ = box[0]
                         if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                             incoming = data

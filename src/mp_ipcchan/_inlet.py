@@ -34,12 +34,17 @@ from ._transport.unix import (
 
 __all__ = ["EndOfStream", "Inlet", "ShutMark", "Spill"]
 
+#: How often a receiver looks before it sleeps; about a microsecond each.
+_MOST_LOOKS = 16
+#: After how many times in vain it looks as often again.
+_LOOK_AGAIN = 32
+
 #: What ``take`` gives: a message, or what only a queue understands.
 Taken: TypeAlias = Incoming | Spill | ShutMark
 
 
 class Inlet:
-    __slots__ = ("_sock", "inbox", "lock", "ready", "receiving", "recvmsg", "waker")
+    __slots__ = ("_looks", "_sock", "_vain_looks", "inbox", "lock", "ready", "receiving", "recvmsg", "waker")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -55,6 +60,9 @@ class Inlet:
         self.lock: threading.RLock = threading.RLock()
         #: Whether somebody is receiving; changed by whoever holds the lock.
         self.receiving: bool = False
+        #: How often ``await_packet`` looks before it sleeps, and how often that was in vain.
+        self._looks = _MOST_LOOKS
+        self._vain_looks = 0
 
     def take(self, wait: bool) -> Taken:
         """The next message. Raises ``BlockingIOError`` where there is none and ``wait`` is false,
@@ -74,7 +82,7 @@ class Inlet:
                 if self.inbox:
                     box = [*starmap(self.inbox.popleft, ((),))]
                 else:
-                    box = [*starmap(self.recvmsg, WAITING if wait else AT_ONCE)]
+                    box = self.await_packet() if wait else [*starmap(self.recvmsg, AT_ONCE)]
                 data, ancillary, flags, _ = box[0]
                 if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                     return data
@@ -100,6 +108,23 @@ class Inlet:
             if self.waker:
                 self.waker.set()
 
+    def await_packet(self) -> list[Packet]:
+        """Receive a packet, and wait for it.
+
+        Looks a few times before it sleeps. Going to sleep and being woken takes tens of microseconds, most of
+        all on another core; a peer that is about to send needs a few. It stops looking where that is in vain.
+        """
+        for _ in range(self._looks):
+            try:
+                box = [*starmap(self.recvmsg, AT_ONCE)]
+            except BlockingIOError:
+                continue
+            self._looks = _MOST_LOOKS
+            return box
+        self._vain_looks = (self._vain_looks + 1) % _LOOK_AGAIN
+        self._looks = self._looks // 2 if self._vain_looks else _MOST_LOOKS
+        return [*starmap(self.recvmsg, WAITING)]
+
     def keep(self, box: list[Packet]) -> None:
         """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
         self.inbox.extend(map(box.pop, (0,) * len(box)))
@@ -116,23 +141,32 @@ class Inlet:
 
     def _take_ready(self) -> Incoming:
         """The oldest of the messages that wait here. ``IndexError`` where there is none after all."""
-        first = self.ready[0]
-        while isinstance(first, Spill):
-            if first.left:
-                if self.waker and first.left == 1 and len(self.ready) == 1:
+        while True:
+            if self.ready[0].__class__ is Spill:
+                self._unroll()
+            held: list[Incoming | Spill] = []
+            try:
+                held = [*starmap(self.ready.popleft, ((),))]
+                if self.waker and not self.holding:
                     self.waker.clear()
-                return first.pop()
-            self.ready.popleft()
-            first = self.ready[0]
-        held: list[Incoming] = []
-        try:
-            held.extend(starmap(self.ready.popleft, ((),)))  # type: ignore[arg-type]
-            if self.waker and not self.ready:
-                self.waker.clear()
-        except BaseException:
+            except BaseException:
+                self.put_back(*held)
+                raise
+            if held[0].__class__ is not Spill:
+                return held[0]  # type: ignore[return-value]
+            # Another thread was faster.
             self.put_back(*held)
-            raise
-        return held[0]
+
+    def _unroll(self) -> None:
+        """Put the next messages of the spill that is first in front of it; drop it where it is used up."""
+        with self.lock:
+            while self.ready and isinstance(self.ready[0], Spill):
+                spill = self.ready[0]
+                spill.read()
+                if spill.messages:
+                    self.ready.extendleft(starmap(spill.messages.pop, repeat((), len(spill.messages))))
+                else:
+                    self.ready.popleft()
 
     def take_packed(self, into: list[Incoming], most: int) -> bool:
         """Take plain messages that wait here until ``into`` has ``most``; False where there are none.
@@ -145,7 +179,7 @@ class Inlet:
                 break
             plain += 1
         into.extend(starmap(self.ready.popleft, repeat((), plain)))  # type: ignore[arg-type]
-        if self.waker and not self.ready:
+        if self.waker and not self.holding:
             self.waker.clear()
         return plain > 0
 

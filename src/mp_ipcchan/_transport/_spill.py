@@ -10,21 +10,26 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections import deque
 from collections.abc import Sequence
+from itertools import starmap
+from typing import Any
 
 from .. import _segment
-from .._message import CHANNEL_BUFFER, INLINE_SIZE, PLAIN, PLAIN_SIZE, HandleKind, Message, Outgoing, Parcel
+from .._message import CHANNEL_BUFFER, PLAIN_SIZE, HandleKind, Message, Outgoing, Parcel
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, SEND_FLAGS, Carrier, load, send_rights, unload
-from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
+from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
 #: net.core.wmem_max allows. Two steps: a process killed at the first leaves room for others to use the second.
 _RAISED = (131072, 1 << 22, 1 << 22, 1 << 22)
 #: How much is read at a time (bytes).
 _CHUNK = 8192
-#: How much is read at a time to be sent on: more than any message that goes in a packet.
-_FORWARD_CHUNK = 1 << 17
+#: How much is read at a time (bytes) where plain messages are about: more than any of them has.
+_PLAIN_CHUNK = 1 << 17
+#: How many of them are read at a time.
+_MOST_READ = 2048
 
 
 class Spill:
@@ -34,16 +39,24 @@ class Spill:
     reader needs no more descriptors than it would if each had come by itself.
     """
 
-    __slots__ = ("_carriers", "_chunk", "_chunk_start", "_position", "_segment_fd", "_size", "left")
+    __slots__ = ("_carriers", "_chunk", "_chunk_start", "_position", "_segment_fd", "_size", "_unread", "messages")
 
     def __init__(self, segment_fd: int, size: int, position: int, left: int, carriers: list[int]) -> None:
         self._segment_fd = segment_fd
         self._size = size
+        #: Where in the segment the messages begin that were not read yet, and how many they are.
         self._position = position
-        self.left: int = left
+        self._unread = left
+        #: Read and not yet taken: plain messages, or a single other one.
+        self.messages: deque[bytes | Parcel] = deque()
         self._carriers = carriers
         self._chunk = b""
         self._chunk_start = 0
+
+    @property
+    def left(self) -> int:
+        """How many messages were not taken yet."""
+        return self._unread + len(self.messages)
 
     @classmethod
     def of(cls, items: Sequence[Outgoing]) -> Spill:
@@ -66,47 +79,66 @@ class Spill:
             raise
         return cls(segment_fd, os.fstat(segment_fd).st_size, 0, len(items), carriers)
 
-    def pop(self) -> bytes | Parcel:
-        """Take the next message out. ``ProtocolError``, and nothing left, where the segment is not as it should be."""
+    def read(self, most: int = _MOST_READ) -> None:
+        """Read ``messages``, where there are none: at most ``most`` plain ones, or a single other one.
+
+        ``ProtocolError``, and nothing left, where the segment is not as it should be.
+        """
+        if self.messages or not self._unread:
+            return
         try:
-            body, buffers, kinds, end = self._parse()
+            if not self._read_plain(most):
+                self._read_other()
         except ProtocolError:
             self.close()
             raise
+
+    def _read_plain(self, most: int) -> bool:
+        chunk = _read_at(self._segment_fd, self._position, min(_PLAIN_CHUNK, self._size - self._position))
+        frames, end = plain_records(chunk, min(most, self._unread))
+        # No call comes between these, hence no signal's handler.
+        messages = deque[Any](frames)
+        self.messages = messages
+        self._unread -= len(frames)
+        self._position += end
+        return bool(frames)
+
+    def _read_other(self) -> None:
+        body, buffers, kinds, end = self._parse()
         copies = [bytearray(buffer) for buffer in buffers]
-        message: list[bytes | Parcel] = []
-        if not kinds:
-            if buffers:
-                message.append(Parcel(body, copies, kinds, []))
-            else:
-                message.append(PLAIN + body)
-        # Taken from here on: no call follows for a message without descriptors, hence no signal's handler.
         self._position = end
-        self.left -= 1
-        return message[0] if message else Parcel(body, copies, kinds, self._unload(len(kinds)))
+        self._unread -= 1
+        self.messages.extend(map(Parcel, (body,), (copies,), (kinds,), (self._unload(len(kinds)) if kinds else [],)))
+
+    def _unread_plain(self) -> None:
+        """Undo ``read``, so that the position tells all that is left. Not where it read an other one."""
+        sizes = sum(RECORD_SIZE + len(one) - PLAIN_SIZE for one in self.messages if isinstance(one, bytes))
+        count = len(self.messages)
+        nothing: deque[bytes | Parcel] = deque()
+        self._position -= sizes
+        self._unread += count
+        self.messages = nothing
+
+    def pop(self) -> bytes | Parcel:
+        """Take the next message out; ``read`` says what it raises."""
+        self.read(1)
+        [message] = starmap(self.messages.popleft, ((),))
+        return message
 
     def forward(self, sock: socket.socket) -> None:
         """Send messages as packets of their own, as many as the kernel takes now and nothing special is about."""
-        while self.left:
-            chunk = _read_at(self._segment_fd, self._position, _FORWARD_CHUNK)
-            at = 0
-            while self.left and at + RECORD_SIZE <= len(chunk):
-                found = parse_record(chunk[at : at + RECORD_SIZE])
-                start = at + RECORD_SIZE
-                at = start + found.body_size
-                if found.table_size or found.body_size > INLINE_SIZE or at > len(chunk):
-                    break
+        while self._unread or self.messages:
+            if not self.messages and not self._read_plain(_MOST_READ):
+                return
+            while self.messages:
+                frame = self.messages[0]
+                if not isinstance(frame, bytes):
+                    return
                 try:
-                    sock.send(PLAIN + chunk[start:at], SEND_FLAGS)
+                    [_] = map(sock.send, (frame,), (SEND_FLAGS,))
                 except BlockingIOError:
                     return
-                self._position += at - start + RECORD_SIZE
-                self.left -= 1
-            else:
-                continue
-            if found.table_size or found.body_size > INLINE_SIZE or start == RECORD_SIZE:
-                # Not for a packet of its own, or cut off though it is the first of the chunk: not a whole message.
-                return
+                del self.messages[0]
 
     def _parse(self) -> tuple[bytes, list[bytes], bytes, int]:
         """The next message: body, buffers, kinds of its handles, and where the one behind it begins."""
@@ -145,8 +177,9 @@ class Spill:
 
         Raises ``BlockingIOError`` where even the raised limit is reached; the spill is whole then.
         """
+        self._unread_plain()
         kinds = bytes([HandleKind.FILE] * len(self._carriers))
-        frame = head(FrameKind.SPILL, SEGMENT_FLAG, kinds, (self._position, self.left), self._size)
+        frame = head(FrameKind.SPILL, SEGMENT_FLAG, kinds, (self._position, self._unread), self._size)
         try:
             for raised in _RAISED:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, raised)
@@ -163,7 +196,11 @@ class Spill:
         raise BlockingIOError(errno.EAGAIN, "not even the last packet has room")
 
     def close(self) -> None:
-        self.left = 0
+        self._unread = 0
+        while self.messages:
+            message = self.messages.popleft()
+            if isinstance(message, Parcel):
+                message.close()
         if self._segment_fd >= 0:
             segment_fd, self._segment_fd = self._segment_fd, -1
             os.close(segment_fd)
