@@ -67,8 +67,8 @@ class Books:
         entered = delivered = False
         slot: list[int] = []
         task: list[None] = []
-        sent: list[int | bool] = []
-        accepted: list[None] = []
+        sent: list[object] = []
+        accepted: list[object] = []
         try:
             while True:
                 # Owed before it is taken: killed in between, a slot too many comes back, not one too few.
@@ -96,8 +96,8 @@ class Books:
                 except BlockingIOError:
                     pass
             else:
-                sent.extend(map(outlet.try_send, (item,)))
-            if not (sent and sent[0]):
+                outlet.try_send(item, sent)
+            if not sent:
                 outlet.defer(item, accepted)
                 return
             with ledger.lock:
@@ -106,7 +106,7 @@ class Books:
         except BaseException:
             if accepted:
                 raise
-            if sent and sent[0]:
+            if sent:
                 if not delivered:
                     ledger.deliver()
                 raise

@@ -160,8 +160,10 @@ class Inlet:
     def _unroll(self) -> None:
         """Put the next messages of the spill that is first in front of it; drop it where it is used up."""
         with self.lock:
-            while self.ready and isinstance(self.ready[0], Spill):
-                spill = self.ready[0]
+            while True:
+                spill = self.ready[0] if self.ready else None
+                if not isinstance(spill, Spill):
+                    return
                 spill.read()
                 if spill.messages:
                     self.ready.extendleft(starmap(spill.messages.pop, repeat((), len(spill.messages))))

@@ -109,7 +109,7 @@ class Parcel:
         self.body: Buffer = body
         self.buffers: Sequence[Buffer] = buffers
         self.kinds: bytes = kinds
-        self._fds = _Descriptors(fds) if fds else None
+        self._fds = Descriptors(fds) if fds else None
 
     def filenos(self) -> list[int]:
         """The descriptors, which stay the parcel's."""
@@ -132,19 +132,19 @@ class Parcel:
             self._fds.close()
 
 
-class _Descriptors:
-    """Raw descriptors and who closes them: apart from the parcel, most of which have none to care for."""
+class Descriptors:
+    """Raw descriptors, closed together: by ``close``, or with this object."""
 
     __slots__ = ("fds",)
 
     def __init__(self, fds: list[int]) -> None:
+        #: Those that were handed out are -1.
         self.fds: list[int] = fds
 
     def close(self) -> None:
-        fds, self.fds = self.fds, []
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        # Each is closed by the C call that takes it out, so no signal's handler can come between.
+        self.fds = [fd for fd in self.fds if fd >= 0]
+        list(map(os.close, map(self.fds.pop, [-1] * len(self.fds))))
 
     def __del__(self) -> None:
         self.close()

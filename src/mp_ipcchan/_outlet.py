@@ -25,7 +25,7 @@ from ._deadline import deadline_in, remaining, wait_for
 from ._message import Message, Outgoing
 from ._transport._frame import pack
 from ._transport._spill import Spill
-from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
+from ._transport.unix import MSG_NOSIGNAL, transmit
 
 #: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
 PACK_SIZE = 16384
@@ -94,7 +94,13 @@ class Outlet:
     def send(self, item: Outgoing) -> None:
         """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then."""
         if not self.try_send(item):
-            self.defer(item)
+            accepted: list[object] = []
+            try:
+                self.defer(item, accepted)
+            except BaseException:
+                if not accepted:
+                    _unsent(item)
+                raise
 
     def send_all(self, frames: list[bytes]) -> None:
         """As ``send``, for several plain frames, which go in one packet where the reader unpacks it."""
@@ -105,29 +111,34 @@ class Outlet:
             for frame in frames:
                 self.defer(frame)
 
-    def try_send(self, item: Outgoing) -> bool:
-        """Hand ``item`` to the kernel now; False, with nothing sent, where it can't take it now."""
+    def try_send(self, item: Outgoing, noted: list[object] | None = None) -> bool:
+        """Hand ``item`` to the kernel now; False, with nothing sent, where it can't take it now.
+
+        ``noted``, if given, gets an element when the kernel has it, whatever is raised then.
+        """
         if self.backlog:
             return False
+        noted = [] if noted is None else noted
         try:
-            transmit(self._sock, item)
-        except OSError as error:
-            if error.errno in _NOT_NOW:
+            transmit(self._sock, item, noted)
+        except BaseException as error:
+            if noted:
+                _sent(item)
+            elif isinstance(error, OSError) and error.errno in _NOT_NOW:
                 self._refusal = error.errno
                 return False
-            _unsent(item)
+            else:
+                _unsent(item)
             raise
-        except BaseException:
-            _unsent(item)
-            raise
-        if not isinstance(item, bytes):
-            item.sent()
+        _sent(item)
         return True
 
     def send_by(self, item: Outgoing, deadline: float | None) -> bool:
         """Send when the kernel takes it; False, with nothing sent, at the deadline (monotonic seconds)."""
         try:
-            while not (self.drain() and self.try_send(item)):
+            while True:
+                if self.drain() and self.try_send(item):
+                    return True
                 if self._await_room(deadline):
                     continue
                 # The kernel reports room late (below a quarter full): try a last time.
@@ -138,7 +149,6 @@ class Outlet:
         except BaseException:
             _unsent(item)
             raise
-        return True
 
     def send_now(self, item: Outgoing) -> None:
         """Send, and wait until the kernel has it: then it is ahead of whatever anybody sends later."""
@@ -163,7 +173,7 @@ class Outlet:
 
     # -- what waits ------------------------------------------------------------------------
 
-    def defer(self, item: Outgoing, accepted: list[None] | None = None) -> None:
+    def defer(self, item: Outgoing, accepted: list[object] | None = None) -> None:
         """Let ``item`` wait for its turn; it counts as sent. ``accepted`` is filled when it does.
 
         Raises ``OSError``, and ``item`` does not wait, where nobody could be got to send it.
@@ -205,7 +215,9 @@ class Outlet:
             try:
                 if self._acks:
                     self._recover()
-                while self.backlog:
+                while True:
+                    if not self.backlog:
+                        break
                     gone += self._send_first()
             except OSError as error:
                 if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
@@ -228,10 +240,7 @@ class Outlet:
             self._staged = self._next()
         count, size, _, packet = self._staged
         # Sent and noted in one C call: where a signal's handler raises behind it, the note tells.
-        if isinstance(packet, Message):
-            self._acks.extend(map(transmit, (self._sock,), (packet,)))
-        else:
-            self._acks.extend(map(self.send_raw, (packet,), (SEND_FLAGS,)))
+        transmit(self._sock, packet, self._acks)
         self._waiting -= size
         self._remove(count)
         self._staged = None
@@ -362,6 +371,11 @@ class Outlet:
 
 
 def _nothing() -> None: ...
+
+
+def _sent(item: Outgoing) -> None:
+    if not isinstance(item, bytes):
+        item.sent()
 
 
 def _unsent(item: Outgoing) -> None:

@@ -37,8 +37,11 @@ def layout(body_size: int, buffer_sizes: Iterable[int]) -> tuple[list[int], int]
     return offsets, end
 
 
-def create(body: Sequence[Buffer], buffers: Sequence[Buffer]) -> int:
-    """Write ``body`` and the aligned ``buffers`` into a new sealed segment; the caller owns the descriptor."""
+def create(body: Sequence[Buffer], buffers: Sequence[Buffer], owned: list[int]) -> int:
+    """Write ``body`` and the aligned ``buffers`` into a new sealed segment.
+
+    Its descriptor is appended to ``owned``, the caller's to close, by the C call that makes it.
+    """
     pieces = [memoryview(piece).cast("B") for piece in body if len(piece)]
     body_size = sum(len(piece) for piece in pieces)
     views = [memoryview(buffer).cast("B") for buffer in buffers]
@@ -50,13 +53,10 @@ def create(body: Sequence[Buffer], buffers: Sequence[Buffer]) -> int:
         if len(view):
             pieces.append(view)
         end = start + len(view)
-    fd = os.memfd_create("mp_ipcchan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        _write_all(fd, pieces)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
+    owned.extend(map(os.memfd_create, ("mp_ipcchan",), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,)))
+    fd = owned[-1]
+    _write_all(fd, pieces)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     return fd
 
 

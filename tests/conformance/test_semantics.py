@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
-from itertools import starmap
+from itertools import chain, starmap
 from typing import Any
 
 import pytest
@@ -610,9 +610,44 @@ def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, c
     assert all(data == message(number) for number, data in enumerate(received))
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="3.10 runs handlers between any two bytecodes: see docs/architecture.md"
+)
 @interrupted
 @both_kinds
-@pytest.mark.parametrize(("size", "count"), [(8, 100_000)], ids=["small"])
+@pytest.mark.parametrize("batch", [1, 50])
+def test_S14_interrupted_recv_many_loses_nothing(make_pair: MakePair, batch: int) -> None:
+    """The same for messages that are taken together."""
+    count = 50_000
+    tx, rx = make_pair()
+
+    def send_all() -> None:
+        with tx:
+            for number in range(count):
+                tx.send(number.to_bytes(8, "little"))
+
+    received: list[Any] = []
+    interrupt = Interrupter()
+    with rx:
+        sending = InThread(send_all)
+        with calling_often(interrupt):
+            for _ in attempts():
+                try:
+                    interrupt.armed = True
+                    received.extend(chain.from_iterable(map(rx.recv_many, (batch,), (LIMIT,))))
+                    interrupt.armed = False
+                except Interrupted:
+                    pass
+                except Disconnected:
+                    interrupt.armed = False
+                    break
+        sending.result()
+    assert [int.from_bytes(data, "little") for data in received] == list(range(count))
+
+
+@interrupted
+@both_kinds
+@pytest.mark.parametrize(("size", "count"), [(8, 100_000), (F + 1, 3000)], ids=["small", "large"])
 def test_S14_interrupted_send_doubles_nothing(make_pair: MakePair, size: int, count: int) -> None:
     """A handler that raises in the middle of sending costs at most the message being sent, and doubles none.
 

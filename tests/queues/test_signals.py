@@ -73,17 +73,25 @@ def test_handler_that_raises_in_put(make: Callable[[], Queue[int]]) -> None:
     dice = random.Random(seed)
     queue = make()
 
+    armed = False
+
     def handle(*_: object) -> None:
-        raise Stop
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Stop
 
     with _handling(handle):
         end = time.monotonic() + LONG
         while time.monotonic() < end:
             try:
+                # A signal that comes late finds the handler disarmed.
+                armed = True
                 signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 6e-5))
                 for number in range(50):
                     queue.put(number)
                 time.sleep(0.001)
+                armed = False
             except Stop:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -108,8 +116,13 @@ def test_handler_that_raises_while_messages_wait() -> None:
     """What was accepted arrives once, in order, however often adding to the backlog was interrupted."""
     dice = random.Random(7)
 
+    armed = False
+
     def handle(*_: object) -> None:
-        raise Stop
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Stop
 
     with _handling(handle):
         end = time.monotonic() + LONG
@@ -117,10 +130,12 @@ def test_handler_that_raises_while_messages_wait() -> None:
             tx, rx = channel()
             sent = -1
             try:
+                armed = True
                 signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-4, 6e-4))
                 for number in range(400):
                     tx.send(number)
                     sent = number
+                armed = False
             except Stop:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)

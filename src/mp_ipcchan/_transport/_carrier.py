@@ -29,18 +29,22 @@ def send_rights(sock: socket.socket, frame: Sequence[bytes], fds: Sequence[int])
 
     Not ``socket.send_fds``: up to 3.13 that takes flags and ignores them, so that it would wait.
     """
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    return sock.sendmsg(frame, rights, SEND_FLAGS)
+    return sock.sendmsg(frame, rights(fds), SEND_FLAGS)
 
 
-def load(fds: Sequence[int]) -> int:
-    """A new descriptor with ``fds`` queued inside; ``fds`` stay the caller's."""
+def rights(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    """The ancillary data that brings references to ``fds``."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
+def load(fds: Sequence[int]) -> socket.socket:
+    """A new carrier, the caller's to close, with references to ``fds``."""
     inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with inner, outer:
+    with inner:
         inner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         for first in range(0, len(fds), MAX_IN_PACKET):
             send_rights(inner, [b"c"], fds[first : first + MAX_IN_PACKET])
-        return outer.detach()
+    return outer
 
 
 def unload(fd: int, count: int) -> list[int]:
@@ -52,7 +56,9 @@ def unload(fd: int, count: int) -> list[int]:
     fds: list[int] = []
     with socket.socket(fileno=os.dup(fd)) as carrier:
         try:
-            while len(fds) < count:
+            while True:
+                if len(fds) >= count:
+                    break
                 data, ancillary, flags, _ = carrier.recvmsg(16, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
                 if flags & socket.MSG_CTRUNC or not data:
                     fds += descriptors_in(ancillary)

@@ -16,7 +16,7 @@ from itertools import starmap
 from typing import Any
 
 from .. import _segment
-from .._message import CHANNEL_BUFFER, PLAIN_SIZE, HandleKind, Message, Outgoing, Parcel
+from .._message import CHANNEL_BUFFER, PLAIN_SIZE, Descriptors, HandleKind, Message, Outgoing, Parcel
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, SEND_FLAGS, Carrier, load, send_rights, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
@@ -71,12 +71,10 @@ class Spill:
             pieces += message.buffers
             if kinds:
                 loads.append([handle.fileno() for handle in message.handles])
-        segment_fd = _segment.create(pieces, ())
-        try:
-            carriers = _load_all(loads)
-        except BaseException:
-            os.close(segment_fd)
-            raise
+        owned = Descriptors([])
+        segment_fd = _segment.create(pieces, (), owned.fds)
+        carriers = _load_all(loads)
+        owned.fds.clear()
         return cls(segment_fd, os.fstat(segment_fd).st_size, 0, len(items), carriers)
 
     def read(self, most: int = _MOST_READ) -> None:
@@ -243,7 +241,7 @@ def _load_all(loads: Sequence[Sequence[int]]) -> list[int]:
                 carriers.append(current.detach())
                 current = None
             if len(fds) > MAX_IN_PACKET:
-                carriers.append(load(fds))
+                carriers.append(load(fds).detach())
             else:
                 current = Carrier()
                 current.add(fds)

@@ -15,9 +15,9 @@ from functools import partial
 from typing import TypeAlias
 
 from .. import _segment
-from .._message import PACKET_SIZE, PLAIN, Buffer, Incoming, Message, Outgoing, Parcel
+from .._message import PACKET_SIZE, PLAIN, Buffer, Descriptors, Incoming, Message, Outgoing, Parcel
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, descriptors_in, load, send_rights, too_many, unload
+from ._carrier import MAX_IN_PACKET, descriptors_in, load, rights, too_many, unload
 from ._carrier import SEND_FLAGS as SEND_FLAGS
 from ._frame import (
     CARRIER_FLAG,
@@ -92,40 +92,43 @@ def adopt(fd: int) -> socket.socket:
     return sock
 
 
-def transmit(sock: socket.socket, item: Outgoing) -> None:
-    """Send one message as one packet, now. Raises ``BlockingIOError`` or another ``OSError``; nothing left then."""
+def transmit(sock: socket.socket, item: Outgoing, noted: list[object]) -> None:
+    """Send one message as one packet, now. Raises ``BlockingIOError`` or another ``OSError``; nothing left then.
+
+    ``noted`` gets an element in the C call that sends: where a signal's handler raises behind it, that tells.
+    """
     if isinstance(item, bytes):
-        sock.send(item, SEND_FLAGS)
+        noted.extend(map(sock.send, (item,), (SEND_FLAGS,)))
     else:
-        _transmit_message(sock, item)
+        _transmit_message(sock, item, noted)
 
 
-def _transmit_message(sock: socket.socket, message: Message) -> None:
+def _transmit_message(sock: socket.socket, message: Message, noted: list[object]) -> None:
     kinds = bytes([handle.kind for handle in message.handles])
     sizes = [memoryview(buffer).nbytes for buffer in message.buffers]
     body_size = sum(memoryview(piece).nbytes for piece in message.body)
-    fds: list[int] = []
-    ours: list[int] = []
+    fds = [handle.fileno() for handle in message.handles]
+    # What is made here is closed with these two, even if a signal's handler keeps us from doing it.
+    segment = Descriptors([])
+    carrier = None
     flags = 0
     payload: bytes = b""
     try:
         if HEADER_SIZE + len(kinds) + 8 * len(sizes) + body_size + sum(sizes) > PACKET_SIZE:
             flags |= SEGMENT_FLAG
-            ours.append(_segment.create(message.body, message.buffers))
-            fds.append(ours[-1])
+            _segment.create(message.body, message.buffers, segment.fds)
         else:
             payload = b"".join((*message.body, *message.buffers))
-        if len(fds) + len(kinds) > MAX_IN_PACKET:
+        if len(segment.fds) + len(fds) > MAX_IN_PACKET:
             flags |= CARRIER_FLAG
-            ours.append(load([handle.fileno() for handle in message.handles]))
-            fds.append(ours[-1])
-        else:
-            fds += [handle.fileno() for handle in message.handles]
-        frame = head(FrameKind.ENVELOPE, flags, kinds, sizes, body_size)
-        send_rights(sock, [frame, payload], fds)
+            carrier = load(fds)
+            fds = [carrier.fileno()]
+        parts = (head(FrameKind.ENVELOPE, flags, kinds, sizes, body_size), payload)
+        noted.extend(map(sock.sendmsg, (parts,), (rights(segment.fds + fds),), (SEND_FLAGS,)))
     finally:
-        for fd in ours:
-            os.close(fd)
+        segment.close()
+        if carrier is not None:
+            carrier.close()
 
 
 def open_packet(packet: Packet, opened: deque[Opened], spent: list[int]) -> None:
