@@ -84,7 +84,8 @@ def main() -> int:
         "skipped": sorted(case.id() for case, _ in result.skipped),
         "failed": failed,
     }
-    print(json.dumps(report))
+    # Some tests print, and leave their line unended.
+    print("\n" + json.dumps(report))
     return 0 if result.wasSuccessful() else 1
 
 
