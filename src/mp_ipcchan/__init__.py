@@ -17,7 +17,12 @@ Modules import only from those above them in this list:
     _ends, _queue, _queue_travel                    pipes and queues
     _rendezvous                                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
+    _call, _chunk, _schedule, _task, _worker,
+    _engine, _executor                              the pool: who gets which task, who runs it, who hears of it
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from . import _reduction  # noqa: F401  (registers our types with the stdlib's pickling)
 from ._channel import bytes_channel, channel
@@ -41,7 +46,20 @@ from .errors import (
     ShutDown,
 )
 
+if TYPE_CHECKING:
+    from ._executor import ProcessPoolExecutor, get_reusable_executor
+    from ._task import Future, TaskTimeoutError, WorkerLostError
+
 __version__ = "0.1.0"
+
+#: Names that are imported when they are first used: they need concurrent.futures.
+_LATE = {
+    "Future": "_task",
+    "ProcessPoolExecutor": "_executor",
+    "TaskTimeoutError": "_task",
+    "WorkerLostError": "_task",
+    "get_reusable_executor": "_executor",
+}
 
 __all__ = [
     "BytesReceiver",
@@ -53,10 +71,12 @@ __all__ = [
     "EndpointMoved",
     "Fd",
     "Full",
+    "Future",
     "IpcError",
     "JoinableQueue",
     "OneShotServer",
     "Pipe",
+    "ProcessPoolExecutor",
     "ProtocolError",
     "Queue",
     "Receiver",
@@ -65,15 +85,27 @@ __all__ = [
     "SerializationError",
     "ShutDown",
     "SimpleQueue",
+    "TaskTimeoutError",
+    "WorkerLostError",
     "bytes_channel",
     "channel",
     "connect",
+    "get_reusable_executor",
     "install",
     "uninstall",
 ]
 
 for _name in __all__:
     # Tracebacks, pickles and repr show the public name.
-    if isinstance(globals()[_name], type) or callable(globals()[_name]):
+    if _name not in _LATE:
         globals()[_name].__module__ = __name__
 del _name
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+    value.__module__ = __name__
+    globals()[name] = value
+    return value

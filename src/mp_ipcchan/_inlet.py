@@ -250,7 +250,7 @@ class _Waker:
     """Makes the messages that wait in user space visible to ``poll`` and its like."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.epoll = select.epoll()
+        self.epoll: select.epoll = select.epoll()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.epoll.register(sock.fileno(), select.EPOLLIN)
         self.epoll.register(self._event, select.EPOLLIN)

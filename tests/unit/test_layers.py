@@ -29,11 +29,15 @@ LAYERS = [
     ["_process"],
     ["_reduction"],
     ["_context"],
+    ["_call", "_schedule"],
+    ["_chunk", "_task", "_worker"],
+    ["_engine"],
+    ["_executor"],
     ["__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 #: What decides and never acts: no sockets, no descriptors, no threads, no clock.
-PURE = ["_transport._frame", "_reach", "errors"]
+PURE = ["_transport._frame", "_reach", "_schedule", "errors"]
 ACTING = {"os", "socket", "select", "threading", "time", "fcntl", "mmap"}
 
 

@@ -1,0 +1,122 @@
+"""Which worker gets which task, and when. Pure: no processes, no descriptors, no clock.
+
+A *lane* stands for a worker. Tasks are given to it in order and answered in the same order, so the
+first unanswered one is the one that runs, or is about to. A lane is given a few tasks at a time where
+they are short, so that the worker need not wait for the parent after each; where they are long, one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+#: How much work (seconds) a worker is given at a time.
+TARGET = 0.001
+#: The most tasks that a worker has at a time, however short they are.
+_MOST = 256
+#: The weight of the newest measurement in the estimate of a task's length.
+_WEIGHT = 0.25
+
+
+class Lane(Generic[T]):
+    """A worker, as far as scheduling goes."""
+
+    __slots__ = ("answered", "given", "key", "room")
+
+    def __init__(self, key: int, room: int | None) -> None:
+        self.key = key
+        #: Unanswered tasks, in order; None for one that was taken back.
+        self.given: deque[T | None] = deque()
+        #: How many were answered so far: the number of the first one in ``given``, counted from 0.
+        self.answered = 0
+        #: How many more it may be given before it is replaced; None for any number.
+        self.room = room
+
+
+class Schedule(Generic[T]):
+    """The tasks that wait, the lanes, and who has what."""
+
+    def __init__(self) -> None:
+        self.pending: deque[T] = deque()
+        self.lanes: dict[int, Lane[T]] = {}
+        #: How long a task takes (seconds), as far as known.
+        self.estimate: float | None = None
+
+    def open(self, key: int, room: int | None = None) -> None:
+        """A worker is ready, for ``room`` tasks."""
+        self.lanes[key] = Lane(key, room)
+
+    def close(self, key: int) -> list[T | None]:
+        """A worker has gone: its unanswered tasks, in order."""
+        return list(self.lanes.pop(key).given)
+
+    def measure(self, tasks: int, seconds: float) -> None:
+        """``tasks`` tasks took ``seconds`` altogether."""
+        each = seconds / tasks
+        if self.estimate is None or each > self.estimate:
+            # Believed at once: a short task behind a long one waits, a long one alone costs little.
+            self.estimate = each
+        else:
+            self.estimate += _WEIGHT * (each - self.estimate)
+
+    @property
+    def window(self) -> int:
+        """How many tasks a lane may have."""
+        if self.estimate is None:
+            return 1
+        return max(1, min(_MOST, int(TARGET / max(self.estimate, 1e-9))))
+
+    def assign(self) -> list[tuple[int, list[T]]]:
+        """Give waiting tasks to lanes: which lane gets which, in order."""
+        given: list[tuple[int, list[T]]] = []
+        if self.pending:
+            open_lanes = [lane for lane in self.lanes.values() if lane.room != 0]
+            self._share([lane for lane in open_lanes if not lane.given], given)
+        if self.pending:
+            # One that is still half full is let alone, so that tasks go several at a time.
+            half = self.window // 2
+            self._share([lane for lane in open_lanes if 0 < len(lane.given) <= half], given)
+        return given
+
+    def _share(self, lanes: list[Lane[T]], given: list[tuple[int, list[T]]]) -> None:
+        """Fill ``lanes`` up, in equal shares where there is not enough."""
+        window = self.window
+        for position, lane in enumerate(lanes):
+            count = min(-(-len(self.pending) // (len(lanes) - position)), window - len(lane.given))
+            if lane.room is not None:
+                count = min(count, lane.room)
+                lane.room -= count
+            if count > 0:
+                tasks = [self.pending.popleft() for _ in range(count)]
+                lane.given.extend(tasks)
+                given.append((lane.key, tasks))
+
+    def answer(self, key: int) -> T | None:
+        """The lane has answered: which task; None for one that was taken back."""
+        lane = self.lanes[key]
+        lane.answered += 1
+        return lane.given.popleft()
+
+    def waiting_elsewhere(self) -> Lane[T] | None:
+        """The lane with most tasks that wait behind another, if some lane has nothing to do and nothing else waits."""
+        if self.pending or all(lane.given or lane.room == 0 for lane in self.lanes.values()):
+            return None
+        longest = max(self.lanes.values(), key=lambda lane: len(lane.given))
+        return longest if sum(task is not None for task in list(longest.given)[1:]) else None
+
+    def take_back(self, key: int, first: int) -> list[T]:
+        """Tasks from the ``first``-th on (counted from 0 over the lane's life) wait again, ahead of all others."""
+        lane = self.lanes[key]
+        at = max(0, first - lane.answered)
+        taken = [task for task in list(lane.given)[at:] if task is not None]
+        for position in range(at, len(lane.given)):
+            lane.given[position] = None
+        self.pending.extendleft(reversed(taken))
+        return taken
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, and nothing is unanswered."""
+        return not self.pending and not any(lane.given for lane in self.lanes.values())

@@ -1,0 +1,126 @@
+"""Tasks of a pool, their futures, and how they fail."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future as StdlibFuture
+from concurrent.futures import InvalidStateError
+from concurrent.futures import _base as _futures
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Generic, TypeVar
+
+from . import _call
+from ._message import Message, Outgoing
+from .errors import IpcError
+
+T = TypeVar("T")
+
+
+class WorkerLostError(IpcError, BrokenProcessPool):
+    """The worker that ran a task died, and that task alone is lost. The pool goes on.
+
+    ``pid``: of the worker. ``exitcode``: as ``Process.exitcode``. ``signal``: the name of the signal that
+    killed it, such as "SIGKILL", or None. ``function``: the name of the task's function.
+    """
+
+    def __init__(self, pid: int, exitcode: int | None, function: str, hint: str = "") -> None:
+        # All of them as arguments, so that the error can be pickled.
+        super().__init__(pid, exitcode, function, hint)
+        self.pid = pid
+        self.exitcode = exitcode
+        self.function = function
+        self.hint = hint
+        self.signal: str | None = _signal_name(exitcode)
+
+    def __str__(self) -> str:
+        how = f"was killed by {self.signal}" if self.signal else f"ended with exit code {self.exitcode}"
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"worker {self.pid} {how} while it ran {self.function}{hint}; the pool goes on"
+
+
+class TaskTimeoutError(IpcError, TimeoutError):
+    """A task took longer than its ``timeout`` and was stopped."""
+
+
+def _signal_name(exitcode: int | None) -> str | None:
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+class Future(StdlibFuture[T], Generic[T]):
+    """A ``concurrent.futures.Future`` whose ``cancel`` stops the task even while it runs."""
+
+    #: Called with the task when it is cancelled: takes it out of the queue, or ends the worker that runs it.
+    _abandon: Callable[[Task], None] | None = None
+    _task: Task | None = None
+
+    def cancel(self) -> bool:
+        """Cancel the task, running or not; False only where it has finished."""
+        with self._condition:
+            if self._state in (_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED):
+                return True
+            if self._state == _futures.FINISHED:
+                return False
+            self._state = _futures.CANCELLED
+            self._condition.notify_all()
+        self.set_running_or_notify_cancel()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
+        abandon, task = self._abandon, self._task
+        if abandon is not None and task is not None:
+            abandon(task)
+        return True
+
+
+class Task:
+    """A call, who waits for it, and what was asked for."""
+
+    __slots__ = ("args", "by_value", "function", "future", "item", "options", "repeatable", "retries", "timeout")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        options: Mapping[str, Any],
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> None:
+        self.function, self.args, self.options = function, args, options
+        self.timeout = timeout
+        self.retries = retries
+        self.future: Future[Any] = Future()
+        self.by_value = False
+        self.item: Outgoing = _call.encode_call(function, args, options)
+        #: Whether it can be sent twice: what a message carries along moves with the first.
+        self.repeatable = not isinstance(self.item, Message) or not self.item.handles
+
+    def begin(self) -> None:
+        """It was given to a worker, perhaps not for the first time."""
+        future = self.future
+        if not (future.running() or future.done()):
+            future.set_running_or_notify_cancel()
+
+    def encode_by_value(self) -> None:
+        self.item = _call.encode_by_value(self.function, self.args, self.options)
+        self.by_value = True
+
+    def succeed(self, result: object) -> None:
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:
+            pass  # cancelled meanwhile
+
+    def fail(self, error: BaseException) -> None:
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            pass
+
+    @property
+    def name(self) -> str:
+        """The function's name, for messages."""
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
