@@ -118,10 +118,11 @@ class Connection(Delivery, stdlib.Connection):
         return self._link.inlet.await_readable(deadline_in(timeout))
 
     def fileno(self) -> int:
-        """The socket; while messages of an ended process wait in user space, a descriptor that shows them."""
+        """The socket, where that shows all there is to receive; an epoll descriptor else."""
         self._check_closed()
         inlet = self._link.inlet
-        return inlet.fileno() if self._readable and inlet.holding else self._link.fileno()
+        elsewhere = self._readable and (inlet.holding or inlet.front is not None)
+        return inlet.fileno() if elsewhere else self._link.fileno()
 
 
 def Pipe(duplex: bool = True) -> tuple[Connection, Connection]:

@@ -22,10 +22,11 @@ def remaining(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - monotonic())
 
 
-def wait_for(fd: int, events: int, deadline: float | None) -> bool:
-    """Wait until ``poll`` reports ``fd`` for ``events`` (or an error on it); False at the deadline."""
+def wait_for(fd: int, events: int, deadline: float | None, *others: int) -> bool:
+    """Wait until ``poll`` reports ``fd``, or one of ``others``, for ``events`` (or an error); False at the deadline."""
     poller = select.poll()
-    poller.register(fd, events)
+    for one in (fd, *others):
+        poller.register(one, events)
     while True:
         left = remaining(deadline)
         ready = poller.poll(None if left is None else min(left * 1000, _LONGEST))

@@ -70,7 +70,7 @@ class Delivery:
             try:
                 if lock is not None:
                     inlet.receiving = True
-                if not direct or inlet.inbox:
+                if not direct or inlet.inbox or inlet.detour:
                     pass
                 elif not inlet.ready:
                     # The usual case: nothing waits in user space, and what comes is a plain packet.

@@ -44,7 +44,19 @@ Taken: TypeAlias = Incoming | Spill | ShutMark
 
 
 class Inlet:
-    __slots__ = ("_looks", "_sock", "_vain_looks", "inbox", "lock", "ready", "receiving", "recvmsg", "waker")
+    __slots__ = (
+        "_looks",
+        "_sock",
+        "_vain_looks",
+        "detour",
+        "front",
+        "inbox",
+        "lock",
+        "ready",
+        "receiving",
+        "recvmsg",
+        "waker",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -60,6 +72,10 @@ class Inlet:
         self.lock: threading.RLock = threading.RLock()
         #: Whether somebody is receiving; changed by whoever holds the lock.
         self.receiving: bool = False
+        #: Whether older messages may wait in the front lane of the queue that this is part of.
+        self.detour: bool = False
+        #: The reading end of that lane.
+        self.front: socket.socket | None = None
         #: How often ``await_packet`` looks before it sleeps, and how often that was in vain.
         self._looks = _MOST_LOOKS
         self._vain_looks = 0
@@ -195,7 +211,8 @@ class Inlet:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
         if (self.ready or self.inbox) and self.holding:
             return True
-        return wait_for(self._sock.fileno(), select.POLLIN, deadline)
+        others = () if self.front is None else (self.front.fileno(),)
+        return wait_for(self._sock.fileno(), select.POLLIN, deadline, *others)
 
     @property
     def holding(self) -> bool:
@@ -209,7 +226,7 @@ class Inlet:
         over the socket and an eventfd, made when somebody first asks.
         """
         if self.waker is None:
-            self.waker = _Waker(self._sock)
+            self.waker = _Waker(self._sock, self.front)
             if self.holding:
                 self.waker.set()
         return self.waker.epoll.fileno()
@@ -249,8 +266,10 @@ class Inlet:
 class _Waker:
     """Makes the messages that wait in user space visible to ``poll`` and its like."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, front: socket.socket | None) -> None:
         self.epoll: select.epoll = select.epoll()
+        if front is not None:
+            self.epoll.register(front.fileno(), select.EPOLLIN)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.epoll.register(sock.fileno(), select.EPOLLIN)
         self.epoll.register(self._event, select.EPOLLIN)

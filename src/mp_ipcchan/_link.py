@@ -24,12 +24,14 @@ _links: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
 class Link:
     """Owns a socket; counts the handles that use it and closes it with the last one."""
 
-    __slots__ = ("__weakref__", "_inode", "_uses", "inlet", "outlet", "sock")
+    __slots__ = ("__weakref__", "_inode", "_uses", "front", "inlet", "outlet", "sock")
 
     def __init__(self, sock: socket.socket, inode: int) -> None:
         self.sock: socket.socket = sock
         self._inode = inode
         self._uses = 1
+        #: The same end of a queue's front lane (``_ends``); this link's to release.
+        self.front: Link | None = None
         self.inlet: Inlet = Inlet(sock)
         self.outlet: Outlet = Outlet(sock, self._emptied)
         _links[inode] = self
@@ -61,6 +63,15 @@ class Link:
     def fileno(self) -> int:
         return self.sock.fileno()
 
+    def attach(self, front: Link) -> None:
+        """Let ``front`` be the front lane, which is taken over, or released where there is one already."""
+        with _lock:
+            if self.front is None:
+                self.front = front
+                self.inlet.front = front.sock
+                return
+        front.release()
+
     def retain(self) -> Link:
         with _lock:
             self._uses += 1
@@ -91,6 +102,9 @@ class Link:
         self.inlet.close()
         self.outlet.close()
         self.sock.close()
+        front, self.front = self.front, None
+        if front:
+            front.release()
 
 
 class LinkHandle:

@@ -25,7 +25,7 @@ from ._inlet import ShutMark
 from ._ledger import DISCARDED, SHUT
 from ._message import Incoming, Outgoing
 from ._transport._spill import lower_limit
-from ._transport.unix import SEND_FLAGS, send_shut
+from ._transport.unix import SEND_FLAGS
 from .errors import Empty, ShutDown
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class SimpleQueue(Delivery, _StdlibSimpleQueue, Generic[T]):
             try:
                 taken = self._ends.take(block)
             except BlockingIOError:
-                self._ends.await_readable(deadline)
+                self._ends.await_readable(deadline_in(LOOK_EVERY) if deadline is None else deadline)
                 continue
             if taken.__class__ is not ShutMark:
                 return taken  # type: ignore[return-value]
@@ -98,7 +98,7 @@ class SimpleQueue(Delivery, _StdlibSimpleQueue, Generic[T]):
     __getstate__ = __reduce__
 
     def __repr__(self) -> str:
-        return f"<mp_ipcchan.{type(self).__name__} {'closed' if self._reader.closed else self._reader.fileno()}>"
+        return f"<mp_ipcchan.{type(self).__name__} {'closed' if self._reader.closed else self._reader._link.fileno()}>"
 
 
 class Queue(Delivery, _StdlibQueue, Generic[T]):
@@ -263,11 +263,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
 
     def _mark_shut(self) -> None:
         """Wake a process that waits in ``get``; it wakes the next. On a full socket nobody waits."""
-        if not self._writer.closed:
-            try:
-                send_shut(self._writer._link.sock)
-            except OSError:
-                pass
+        self._ends.send_shut()
 
     def _discard(self, taken: Incoming) -> None:
         if not isinstance(taken, bytes):
@@ -277,6 +273,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
             self._books.finish(1)
 
     def _discard_all(self) -> None:
+        self._inlet.detour = True
         while True:
             self._books.taking()
             try:
@@ -326,7 +323,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
     __getstate__ = __reduce__
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"fd={self._reader.fileno()}"
+        state = "closed" if self._closed else f"fd={self._reader._link.fileno()}"
         return f"<mp_ipcchan.{type(self).__name__} {state} maxsize={self._maxsize}>"
 
 

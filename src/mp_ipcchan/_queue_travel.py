@@ -48,11 +48,11 @@ def _pack_queue(queue: Queue[Any]) -> _codec.Packed:
 def _rebuild_queue(name: str, maxsize: int, kinds: bytes, fds: list[int]) -> Queue[Any]:
     cls = _CLASSES[name]
     events = (maxsize > 0) + 2 * cls._joinable
-    wanted = [HandleKind.CONNECTION, HandleKind.CONNECTION, HandleKind.LEDGER] + [HandleKind.EVENT] * events
+    wanted = [HandleKind.CONNECTION] * 4 + [HandleKind.LEDGER] + [HandleKind.EVENT] * events
     _codec.expect(wanted, kinds, fds)
-    reader_fd, writer_fd, ledger_fd, *event_fds = fds
-    counters = [Counter(fd) for fd in event_fds]
-    ends = Ends.adopt(reader_fd, writer_fd)
+    ledger_fd = fds[4]
+    counters = [Counter(fd) for fd in fds[5:]]
+    ends = Ends.adopt(fds[:4])
     books = known_books.get(ends.inode)
     if books is None:
         books = Books(maxsize, ledger_fd, counters)
@@ -70,7 +70,7 @@ def _pack_simple_queue(queue: SimpleQueue[Any]) -> _codec.Packed:
 @_codec.rebuilds
 def _rebuild_simple_queue(kinds: bytes, fds: list[int]) -> SimpleQueue[Any]:
     queue: SimpleQueue[Any] = SimpleQueue.__new__(SimpleQueue)
-    queue._set_ends(Ends.adopt(*_codec.expect((HandleKind.CONNECTION,) * 2, kinds, fds)))
+    queue._set_ends(Ends.adopt(_codec.expect((HandleKind.CONNECTION,) * 4, kinds, fds)))
     return queue
 
 

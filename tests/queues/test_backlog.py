@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import os
 import resource
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from multiprocessing import connection
 from typing import Any
@@ -53,12 +55,44 @@ def test_child_with_unread_messages_ends_at_once(any_crew: Crew, any_queue: AnyQ
 
 
 def test_ended_child_and_this_process_share_a_queue(crew: Crew, queue: Queue[tuple[str, int]]) -> None:
-    """What is put after the child's end comes, too, and each one's messages are in order."""
-    crew.finish(crew.start(put_all, queue, [("child", number) for number in range(MANY)]))
-    put_all(queue, [("parent", number) for number in range(1000)])
-    got = [take(queue) for _ in range(MANY + 1000)]
-    for who, count in ("child", MANY), ("parent", 1000):
-        assert [number for name, number in got if name == who] == list(range(count))
+    """What is put after the child's end comes behind all that the child has put."""
+    messages = [(who, number) for who in ("child", "parent") for number in range(MANY)]
+    crew.finish(crew.start(put_all, queue, messages[:MANY]))
+    put_all(queue, messages[MANY:])
+    assert [take(queue) for _ in messages] == messages
+
+
+@pytest.mark.parametrize("count", [500, 2000, MANY])
+def test_mark_put_after_the_end_of_a_child_comes_last(crew: Crew, any_queue: AnyQueue, count: int) -> None:
+    """Join the producer, put a mark, take up to the mark: nothing is missed, in this process or another."""
+    consumers: list[Callable[..., object]] = [lambda call, *args: call(*args), crew.start]
+    for consume in consumers:
+        crew.finish(crew.start(put_all, any_queue, range(count)))
+        any_queue.put(STOP)
+        with closing(Queue[list[int]]()) as results:
+            consume(collect, any_queue, results)
+            assert take(results) == list(range(count))
+
+
+def _put_in_a_thread(queue: AnyQueue, ended: Receiver[None]) -> None:
+    threading.Thread(target=_put_beyond_the_end, args=(queue, ended)).start()
+
+
+def _put_beyond_the_end(queue: AnyQueue, ended: Receiver[None]) -> None:
+    put_all(queue, range(2000))
+    ended.recv(LIMIT)
+    put_all(queue, range(2000, 4000))
+
+
+def test_thread_that_puts_while_its_process_ends(crew: Crew, any_queue: AnyQueue) -> None:
+    """A process waits for its threads after its target has returned; what they put keeps its order."""
+    tx, rx = channel()
+    with tx:
+        child = crew.start(_put_in_a_thread, any_queue, rx)
+        got = [take(any_queue) for _ in range(1000)]
+        tx.send(None)
+        crew.finish(child)
+    assert got + [take(any_queue) for _ in range(3000)] == list(range(4000))
 
 
 def test_many_children_end_with_unread_messages(crew: Crew, queue: Queue[tuple[int, int]]) -> None:

@@ -23,7 +23,6 @@ from ._frame import (
     CARRIER_FLAG,
     HEADER_SIZE,
     SEGMENT_FLAG,
-    SHUT,
     Frame,
     FrameKind,
     head,
@@ -200,8 +199,3 @@ def close_all(fds: list[int]) -> None:
 def close_packet(packet: Packet) -> None:
     """Close the descriptors of a packet that could not be opened."""
     close_all(descriptors_in(packet[1]))
-
-
-def send_shut(sock: socket.socket) -> None:
-    """Tell a reader of a queue that it was shut down. ``BlockingIOError`` on a full socket."""
-    sock.send(SHUT, SEND_FLAGS)
