@@ -27,7 +27,7 @@ class Books:
     ``idle``: raised when ``tasks`` falls to zero.
     """
 
-    __slots__ = ("__weakref__", "idle", "ledger", "maxsize", "plain", "slots", "tasks")
+    __slots__ = ("__weakref__", "_ahead", "idle", "ledger", "maxsize", "plain", "slots", "tasks")
 
     def __init__(self, maxsize: int, ledger_fd: int, counters: list[Counter]) -> None:
         self.maxsize = maxsize
@@ -36,6 +36,8 @@ class Books:
         self.tasks = next(rest, None)
         self.idle = next(rest, None)
         self.ledger = Ledger(ledger_fd, self._settle)
+        #: Slots given back for messages that then stayed in the queue after all.
+        self._ahead = 0
         #: Whether there is nothing to count but what the ledger does.
         self.plain = self.slots is None and self.tasks is None
 
@@ -137,39 +139,55 @@ class Books:
 
     # -- taking ------------------------------------------------------------------------------
 
-    def taking(self) -> None:
-        """Announce that a message is about to be taken; ``took`` or ``left`` must follow.
+    def taking(self, count: int = 1) -> None:
+        """Announce that messages are about to be taken; ``took`` or ``left`` must follow.
 
         Only a bounded queue needs it: a slot depends on what becomes of the message.
         """
         if self.slots:
-            self.ledger.taking(1)
+            self.ledger.take(count)
 
     def took(self, count: int = 1) -> None:
-        """``count`` messages were taken."""
+        """``count`` messages were taken. Where a signal's handler raises, they were not."""
+        slots, ledger = self.slots, self.ledger
         if not count:
             return
-        if self.slots:
-            self.slots.add(count)
-        self.ledger.took(count)
-        self.left(count)
+        if slots is None:
+            ledger.take(0, count)
+            return
+        entered = False
+        given: list[None] = []
+        try:
+            ledger.take(-count, count)
+            entered = True
+            early = min(self._ahead, count)
+            if count > early:
+                given.extend(map(os.eventfd_write, (slots.fileno(),), (count - early,)))
+            self._ahead -= early
+        except BaseException:
+            if entered:
+                ledger.take(count, -count)
+            if given:
+                # Somebody may have used them by now.
+                self._ahead += count - early
+            raise
 
     def left(self, count: int = 1) -> None:
         """There was none to take, or it waits in this process for the next taker."""
         if self.slots and count:
-            self.ledger.taking(-count)
+            self.ledger.take(-count)
 
     # -- tasks -------------------------------------------------------------------------------
 
     def finish(self, count: int) -> bool:
-        """``count`` tasks less; False where there were fewer."""
+        """``count`` tasks less; False where there were fewer, and no dead process accounts for that."""
         assert self.tasks
         assert self.idle
         taken = sum(self.tasks.take() for _ in range(count))
         # Whoever takes the last one sees zero, and tells; nobody else need.
         if self.tasks.is_zero:
             self.idle.add(1)
-        return taken == count
+        return taken == count or self.ledger.forgiven > 0
 
     def await_idle(self, glance: Callable[[], bool]) -> None:
         """Wait until there are no tasks. ``glance`` is called again and again; True, if it waited itself."""

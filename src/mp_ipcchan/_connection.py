@@ -16,7 +16,7 @@ from ._deadline import deadline_in
 from ._delivery import Delivery
 from ._inlet import EndOfStream, ShutMark
 from ._link import Link, LinkHandle
-from ._message import PLAIN_SIZE, HandleKind, Incoming, Outgoing, Parcel
+from ._message import HandleKind, Incoming, Outgoing, Parcel
 from ._receiver import view_bytes
 from ._sender import encode_bytes
 from ._transport.unix import PIPE_BUFFER
@@ -80,7 +80,7 @@ class Connection(Delivery, stdlib.Connection):
             self._check_readable()
         return self._deliver(self._link.inlet, True, True, None)
 
-    def _take(self, block: bool = True, deadline: float | None = None) -> Incoming:  # noqa: ARG002
+    def _take(self, block: bool, deadline: float | None) -> Incoming:  # noqa: ARG002
         inlet = self._link.inlet
         while True:
             try:
@@ -103,16 +103,22 @@ class Connection(Delivery, stdlib.Connection):
         self._check_readable()
         if maxlength is not None and maxlength < 0:
             raise ValueError("negative maxlength")
-        incoming = self._take()
-        view = view_bytes(incoming)
-        if maxlength is not None and len(view) > maxlength:
-            self._bad_message_length()
-        return incoming[PLAIN_SIZE:] if isinstance(incoming, bytes) else bytes(view)
+
+        def copy(incoming: Incoming) -> bytes:
+            view = view_bytes(incoming)
+            if maxlength is not None and len(view) > maxlength:
+                self._bad_message_length()
+            return bytes(view)
+
+        return self._deliver_by(self._link.inlet, copy, None)
 
     def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO:  # noqa: ARG002  (the base class never gives it)
-        buffer = io.BytesIO()
-        buffer.write(view_bytes(self._take()))
-        return buffer
+        def copy(incoming: Incoming) -> io.BytesIO:
+            buffer = io.BytesIO()
+            buffer.write(view_bytes(incoming))
+            return buffer
+
+        return self._deliver_by(self._link.inlet, copy, None)
 
     def _poll(self, timeout: float | None) -> bool:
         return self._link.inlet.await_readable(deadline_in(timeout))

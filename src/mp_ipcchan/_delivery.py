@@ -16,13 +16,16 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from itertools import starmap
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from . import _codec
 from ._inlet import Inlet
+from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
 from ._transport.unix import AT_ONCE, CUT, Packet
-from .errors import Empty, ShutDown
+from .errors import Empty, ProtocolError, ShutDown
+
+T = TypeVar("T")
 
 
 class Lock(Protocol):
@@ -106,7 +109,7 @@ class Delivery:
             if incoming is None:
                 inlet.keep(box)
                 raise
-            undecodable = decoding and not decoded and isinstance(error, Exception)
+            undecodable = decoding and not decoded and isinstance(error, Exception) and not raised_by_handler(error)
             if undecodable or not _is_intact(incoming):
                 # Some of its descriptors may have been handed out already.
                 self._taken()
@@ -143,8 +146,9 @@ class Delivery:
                     lock.release()
         except BaseException as error:
             done = len(decoded)
-            if not decoding or done == len(taken) or not isinstance(error, Exception):
-                intact = [one for one in taken if _is_intact(one)]
+            if not decoding or done == len(taken) or not isinstance(error, Exception) or raised_by_handler(error):
+                begun = done + 1 if decoding else 0
+                intact = [one for one in taken[:begun] if _is_intact(one)] + taken[begun:]
                 inlet.put_back(*intact)
                 self._left(len(intact))
                 self._taken(len(taken) - len(intact))
@@ -159,11 +163,39 @@ class Delivery:
                 raise
         return decoded
 
+    def _deliver_by(
+        self, inlet: Inlet, copy: Callable[[Incoming], T], deadline: float | None, lock: Lock | None = None
+    ) -> T:
+        """Wait for a message and return what ``copy`` makes of it. If that raises, the message is still there.
+
+        But for ``ProtocolError``: then it is of no use. ``lock`` as in ``_deliver``.
+        """
+        incoming: Incoming | None = None
+        copied: list[T] = []
+        try:
+            try:
+                if lock is not None:
+                    inlet.receiving = True
+                incoming = self._take(True, deadline)
+                copied.extend(map(copy, (incoming,)))
+            finally:
+                if lock is not None:
+                    inlet.receiving = False
+                    lock.release()
+        except BaseException as error:
+            if incoming is not None and not isinstance(error, ProtocolError):
+                inlet.put_back(incoming)
+            raise
+        return copied[0]
+
     def _take_more(self, inlet: Inlet, taken: list[Incoming], most: int, alone: bool) -> None:
         """Take what is there until ``taken`` has ``most``. ``alone``: nobody else takes."""
         try:
             while True:
                 if len(taken) >= most:
+                    return
+                if taken[-1].__class__ is Parcel and not inlet.fits():
+                    # Received now, it would lose its descriptors: those that were taken have the room.
                     return
                 if not alone or not inlet.take_packed(taken, most):
                     taken.append(self._take(False, None))

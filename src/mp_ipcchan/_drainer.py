@@ -32,6 +32,9 @@ _running = False
 _ident = 0
 #: Wakes the thread; open as long as there is one.
 _wake = -1
+#: Descriptors kept, as long as there is a thread, for the last packets of a process that has used up all others.
+_reserve: list[int] = []
+_RESERVED = 4
 #: Set when the interpreter ends: from then on what can't be sent at once goes as a last packet.
 _ending = False
 
@@ -68,6 +71,8 @@ def _start() -> bool:
     try:
         made.extend(map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,)))
         _wake = made[0]
+        made.extend(map(os.dup, (_wake,) * _RESERVED))
+        _reserve.extend(made[1:])
         started.extend(map(_thread.start_new_thread, (_run,), ((),)))
     except RuntimeError:
         # The interpreter is shutting down, or the process has too many.
@@ -75,6 +80,7 @@ def _start() -> bool:
     finally:
         if not started:
             _running, _wake = False, -1
+            _reserve.clear()
             for fd in made:
                 os.close(fd)
     return True
@@ -96,6 +102,12 @@ def _close_wake() -> None:
     fd, _wake = _wake, -1
     if fd >= 0:
         os.close(fd)
+    close_reserve()
+
+
+def close_reserve() -> None:
+    """Let go of the descriptors that are kept for the end."""
+    list(map(os.close, map(_reserve.pop, [-1] * len(_reserve))))
 
 
 def _run() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import starmap
 
 from ._connection import Connection
@@ -45,10 +45,11 @@ class Ends:
         receiving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(LOOK_EVERY), 0))
         return cls(receiving, sending, *Link.pair(CHANNEL_BUFFER))
 
-    def take(self, wait: bool) -> Incoming | ShutMark:
+    def take(self, wait: bool, hold: Callable[[int], None] | None = None) -> Incoming | ShutMark:
         """One message. Raises ``BlockingIOError``, and ``EOFError`` where nobody can put any more.
 
-        With ``wait`` it waits, but comes back now and then.
+        With ``wait`` it waits, but comes back now and then. ``hold`` is told how many further messages, which would be
+        lost if this process were killed, it has in its hands (and, as a negative number, no more).
         """
         self.reader._check_closed()
         inlet = self.reader._link.inlet
@@ -56,7 +57,7 @@ class Ends:
         while True:
             if inlet.detour and not inlet.ready:
                 looked = True
-                taken = self._take_in_front()
+                taken = self._take_in_front(hold)
                 if taken is not None:
                     return taken
             try:
@@ -72,9 +73,9 @@ class Ends:
             # Asked without a call: a signal's handler that raises here would lose the message.
             if found.__class__ is not Spill:
                 return found  # type: ignore[return-value]
-            return self._unroll(found)
+            return self._unroll(found, hold)
 
-    def _take_in_front(self) -> Incoming | None:
+    def _take_in_front(self, hold: Callable[[int], None] | None) -> Incoming | None:
         """The oldest message of the front lane, if there is one."""
         link = self.reader._link
         assert link.front
@@ -85,18 +86,26 @@ class Ends:
             return None
         if found.__class__ is not Spill:
             return found  # type: ignore[return-value]
-        return self._unroll(found)
+        return self._unroll(found, hold)
 
-    def _unroll(self, taken: Spill) -> Incoming:
+    def _unroll(self, taken: Spill, hold: Callable[[int], None] | None) -> Incoming:
         """Of the messages of a process that ended, the first; the rest goes in front, for anybody to take."""
         held: list[Incoming] = []
+        further = taken.left - 1 if hold else 0
+        announced = False
         try:
+            if hold and further:
+                hold(further)
+                announced = True
             held.extend(starmap(taken.pop, ((),)))
             self._put_in_front(taken)
         except BaseException:
             # A signal's handler raised: what it interrupted stays with this process.
             self.reader._link.inlet.put_back(*held, *(taken,) * bool(taken.left))
             raise
+        finally:
+            if hold and announced:
+                hold(-further)
         return held[0]
 
     def _put_in_front(self, spill: Spill) -> None:

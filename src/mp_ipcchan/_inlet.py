@@ -17,11 +17,13 @@ from itertools import islice, repeat, starmap
 from typing import TypeAlias
 
 from ._deadline import wait_for
+from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
 from ._transport._spill import Spill
 from ._transport.unix import (
     AT_ONCE,
     CUT,
+    PEEK,
     WAITING,
     EndOfStream,
     Opened,
@@ -97,6 +99,8 @@ class Inlet:
                     return self._take_ready()
                 if self.inbox:
                     box = [*starmap(self.inbox.popleft, ((),))]
+                    if self.waker and not self.holding:
+                        self.waker.clear()
                 else:
                     box = self.await_packet() if wait else [*starmap(self.recvmsg, AT_ONCE)]
                 data, ancillary, flags, _ = box[0]
@@ -150,10 +154,12 @@ class Inlet:
         if opened:
             close_all(spent)
             self.put_back(*(one for one in opened if not isinstance(one, ShutMark)))
-        elif isinstance(error, (EndOfStream, OSError)) and _is_ours(error):
+        elif isinstance(error, (EndOfStream, OSError)) and not raised_by_handler(error):
             close_packet(box[0])
         else:
             self.inbox.append(box[0])
+            if self.waker:
+                self.waker.set()
 
     def _take_ready(self) -> Incoming:
         """The oldest of the messages that wait here. ``IndexError`` where there is none after all."""
@@ -201,6 +207,17 @@ class Inlet:
             self.waker.clear()
         return plain > 0
 
+    def fits(self) -> bool:
+        """Whether this process has room for the descriptors of the packet that is next."""
+        if self.ready or self.inbox:
+            return True
+        try:
+            packet = self.recvmsg(*PEEK)
+        except OSError:
+            return True
+        close_packet(packet)
+        return not packet[2] & socket.MSG_CTRUNC
+
     def put_back(self, *messages: Incoming | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
         self.ready.extendleft(reversed(messages))
@@ -234,15 +251,15 @@ class Inlet:
     def unload(self) -> list[Incoming]:
         """Take out all that waits here, for a receiver that moves."""
         messages: list[Incoming] = []
-        while self.inbox:
-            opened: deque[Opened] = deque()
-            spent: list[int] = []
-            open_packet(self.inbox.popleft(), opened, spent)
-            close_all(spent)
-            self.ready.extend(one for one in opened if not isinstance(one, ShutMark))
-        while self.holding:
-            messages.append(self._take_ready())
-        return messages
+        try:
+            while True:
+                if not self.holding:
+                    return messages
+                # Nothing of the kernel's: while something is held, that comes first.
+                messages.extend(map(self.take, (False,)))  # type: ignore[arg-type]
+        except BaseException:
+            self.put_back(*messages)
+            raise
 
     def close(self) -> None:
         """Drop what waits here. The socket is the link's to close."""
@@ -287,11 +304,3 @@ class _Waker:
         # The epoll set first: the socket may stay open in another process, and would go on firing.
         self.epoll.close()
         os.close(self._event)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether ``error`` was raised by this package, or by C code that it called; a handler has a frame of its own."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is None or str(traceback.tb_frame.f_globals.get("__name__")).startswith(__package__ or "")

@@ -5,10 +5,11 @@ cells give the queue's counts. Which cells are in use the kernel knows: a proces
 on the byte of the same number in the ledger's file, through an open file description that nobody
 else has, so the lock ends with the process, however it ends.
 
-A cell says what its process owes: messages begun and not yet delivered to the kernel, and a message
+A cell says what its process owes: messages begun and not yet delivered to the kernel, and those
 that it is taking at this instant. When a process is killed, whoever notices first takes over the
 lock of its cell and settles what it owed (``reclaim``). Being killed while settling, or between
-a deed and its entry, gives a slot back twice: a bound is loosened by one, never lost.
+a deed and its entry, gives a slot back twice, or counts a task as done that is not: a bound is
+loosened by one, never lost.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CELLS = 1024
 _WORDS = 8
 SIZE = CELLS * _WORDS * 8
 
-BEGUN, DELIVERED, _TAKEN, _TAKING = range(4)
+BEGUN, DELIVERED, _TAKEN, _TAKING, _FORGIVEN = range(5)
 _STATE = 0
 #: struct flock, as F_OFD_SETLK takes it on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
@@ -49,13 +50,14 @@ _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 class Ledger:
     """One process's view of a queue's ledger. Owns its descriptor."""
 
-    __slots__ = ("__weakref__", "_base", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "_words", "lock")
+    __slots__ = ("__weakref__", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "_words", "base", "lock")
 
     def __init__(self, fd: int, settle: Callable[[int, int], None]) -> None:
         self._fd = fd
         self._lock_fd = -1
-        #: Where this process's cell begins; 0 while it has none.
-        self._base = 0
+        #: Where this process's cell begins; 0 while it has none. The first entry claims one, for which it
+        #: needs a descriptor.
+        self.base = 0
         #: Called for a dead process: how many messages it had begun and not delivered, and was taking.
         self._settle = settle
         #: Held while this process's cell changes. Reentrant: a signal's handler may use the queue.
@@ -70,9 +72,15 @@ class Ledger:
 
     # -- this process's cell -----------------------------------------------------------------
 
+    def join(self) -> None:
+        """Claim a cell, if there is none yet."""
+        with self.lock:
+            if not self.base:
+                self._claim()
+
     def own_cell(self) -> memoryview:
         """This process's cell, from ``BEGUN`` on; hold ``lock`` while changing it."""
-        base = self._base or self._claim()
+        base = self.base or self._claim()
         return self._words[base : base + _WORDS]
 
     def put(self, send: Callable[[bytes, int], int], frame: bytes, flags: int) -> bool:
@@ -82,7 +90,7 @@ class Ledger:
         nothing is entered then; or what a signal's handler raises, with the entries as they should be.
         """
         with self.lock:
-            words, base = self._words, self._base or self._claim()
+            words, base = self._words, self.base or self._claim()
             sent = 0
             # Entered before the state is looked at: whoever shuts the queue down looks the other way round.
             words[base + BEGUN] += 1
@@ -99,29 +107,31 @@ class Ledger:
     def deliver(self, count: int = 1) -> None:
         """The kernel has ``count`` messages that were begun."""
         with self.lock:
-            self._words[(self._base or self._claim()) + DELIVERED] += count
+            self._words[(self.base or self._claim()) + DELIVERED] += count
 
     def cancel(self) -> None:
         """A message that was begun is not put after all."""
         with self.lock:
-            self._words[self._base + BEGUN] -= 1
+            self._words[self.base + BEGUN] -= 1
 
-    def taking(self, count: int) -> None:
-        """This process is about to take a message (1), or has entered what became of it (-1)."""
-        with self.lock:
-            self._words[(self._base or self._claim()) + _TAKING] += count
+    def take(self, taking: int, taken: int = 0) -> None:
+        """Enter that this process is about to take so many messages more (or fewer), and has taken so many.
 
-    def took(self, count: int = 1) -> None:
-        """Enter messages that were taken out of the queue. Where a signal's handler raises, nothing is entered."""
+        Where a signal's handler raises, nothing is entered.
+        """
         entered = False
         try:
             with self.lock:
-                self._words[(self._base or self._claim()) + _TAKEN] += count
+                words, base = self._words, self.base or self._claim()
+                # Both at once: no call comes between.
+                words[base + _TAKING] += taking
+                words[base + _TAKEN] += taken
                 entered = True
         except BaseException:
             if entered:
                 with self.lock:
-                    self._words[self._base + _TAKEN] -= count
+                    self._words[self.base + _TAKING] -= taking
+                    self._words[self.base + _TAKEN] -= taken
             raise
 
     def _claim(self) -> int:
@@ -139,8 +149,8 @@ class Ledger:
         for cell in range(1, CELLS):
             if self._lock_cell(cell):
                 self._settle_cell(cell)
-                self._base = cell * _WORDS
-                return self._base
+                self.base = cell * _WORDS
+                return self.base
         raise OSError(f"{CELLS - 1} processes use this queue already, which is as many as can")
 
     def _lock_cell(self, cell: int, kind: int = fcntl.F_WRLCK) -> bool:
@@ -156,7 +166,7 @@ class Ledger:
         """Settle what processes owed that are dead."""
         self._reclaimed_at = time.monotonic()
         with self.lock:
-            own = (self._base or self._claim()) // _WORDS
+            own = (self.base or self._claim()) // _WORDS
             for cell in range(1, CELLS):
                 if cell != own and self._owes(cell) and self._lock_cell(cell):
                     self._settle_cell(cell)
@@ -179,9 +189,15 @@ class Ledger:
         taking = words[base + _TAKING]
         if undelivered or taking:
             self._settle(undelivered, taking)
+            words[base + _FORGIVEN] += undelivered
             words[base + BEGUN] = words[base + DELIVERED]
             words[base + _TAKEN] += taking
             words[base + _TAKING] = 0
+
+    @property
+    def forgiven(self) -> int:
+        """How many messages dead processes have not delivered, as far as is known: some may have been."""
+        return sum(self._column(_FORGIVEN))
 
     def count(self) -> int:
         """Messages in the queue: put by anybody, and taken by nobody yet. Exact while nobody is at it."""
@@ -214,7 +230,7 @@ class Ledger:
     def _leave(self) -> None:
         """Give the cell up; its counts stay in the sums, and its next owner counts on."""
         lock_fd, self._lock_fd = self._lock_fd, -1
-        self._base = 0
+        self.base = 0
         if lock_fd >= 0:
             os.close(lock_fd)
 

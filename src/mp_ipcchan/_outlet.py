@@ -327,6 +327,8 @@ class Outlet:
             except OSError as error:
                 if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
                     self._refusal = error.errno
+                    if error.errno == errno.EMFILE:
+                        _drainer.close_reserve()
                 else:
                     # The reader is gone, and with it everybody who could miss something.
                     self._drop_all()

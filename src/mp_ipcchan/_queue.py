@@ -178,7 +178,8 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         self._check_open()
         deadline = deadline_in(timeout) if block and timeout is not None else None
         books = self._books
-        direct = books.plain and not books.ledger.state and self._reader._handle is not None
+        ledger = books.ledger
+        direct = books.plain and ledger.base > 0 and not ledger.state and self._reader._handle is not None
         return self._deliver(self._inlet, direct, block, deadline)  # type: ignore[no-any-return]
 
     def get_nowait(self) -> T:
@@ -203,6 +204,10 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """A message that ``books.taking`` was told of."""
         ends, books, ledger = self._ends, self._books, self._books.ledger
+        hold = books.taking if books.slots else None
+        if not ledger.base:
+            # Now, not when a message has been taken and there turns out to be no descriptor for it.
+            ledger.join()
         marked = drained = False
         try:
             while True:
@@ -211,7 +216,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 try:
                     # A bounded queue never waits while it owes a slot; a queue that was shut down may
                     # have nothing to wait for.
-                    taken = ends.take(block and deadline is None and not books.slots and not state)
+                    taken = ends.take(block and deadline is None and not books.slots and not state, hold)
                 except BaseException as error:
                     books.left()
                     if not isinstance(error, BlockingIOError):

@@ -31,7 +31,7 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
         (it is gone, the channel goes on), ``ProtocolError`` for a packet that is none of ours.
         """
         inlet = (self._link or self._open_link()).inlet
-        deadline = None if timeout is None else deadline_in(timeout)
+        deadline = deadline_in(timeout)
         lock = inlet.lock
         if not lock.acquire(False):
             self._await_turn(inlet, deadline)
@@ -59,15 +59,20 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
             inlet.lock.release()
             self._open_link()
 
+    def _turn(self, deadline: float | None) -> Inlet:
+        """Wait while another thread receives; hold the inlet's lock then."""
+        inlet = self._open_link().inlet
+        self._await_turn(inlet, deadline)
+        if inlet.receiving:
+            _refuse_to_interrupt(inlet)
+        return inlet
+
     def recv_many(self, max_items: int, timeout: float | None = None) -> list[T_co]:
         """Wait for a message as ``recv`` does, and return it with those that are there, 1 to ``max_items``."""
         if max_items < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
-        inlet = self._open_link().inlet
-        deadline = None if timeout is None else deadline_in(timeout)
-        self._await_turn(inlet, deadline)
-        if inlet.receiving:
-            _refuse_to_interrupt(inlet)
+        deadline = deadline_in(timeout)
+        inlet = self._turn(deadline)
         return self._deliver_many(inlet, max_items, deadline, inlet.lock)
 
     def __iter__(self) -> Iterator[T_co]:
@@ -154,16 +159,18 @@ class BytesReceiver(ReceiverBase[bytes]):
 
         Raises ``ValueError`` where the message is larger than the buffer; it is still there then.
         """
-        link = self._open_link()
+        deadline = deadline_in(timeout)
         target = memoryview(buffer).cast("B")
-        with link.inlet.lock:
-            incoming = self._take(True, deadline_in(timeout))
+
+        def copy(incoming: Incoming) -> int:
             source = view_bytes(incoming)
             if len(source) > len(target):
-                link.inlet.put_back(incoming)
                 raise ValueError(f"a message of {len(source)} bytes doesn't fit a buffer of {len(target)}; still there")
-        target[: len(source)] = source
-        return len(source)
+            target[: len(source)] = source
+            return len(source)
+
+        inlet = self._turn(deadline)
+        return self._deliver_by(inlet, copy, deadline, inlet.lock)
 
 
 def _refuse_to_interrupt(inlet: Inlet) -> NoReturn:

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from . import _codec
 from ._deadline import deadline_in
 from ._endpoint import Endpoint
+from ._interrupt import raised_by_handler
 from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
 from ._outlet import PACK_SIZE
 from ._transport.unix import SEND_FLAGS
@@ -94,8 +95,9 @@ class SenderBase(Endpoint, Generic[T_contra]):
                 for obj in objs:
                     item = self._message(obj)
                     if size + len(item) > PACK_SIZE or not isinstance(item, bytes):
-                        outlet.send_all(batch)
-                        batch, size = [], 0
+                        # Forgotten first: where a signal's handler raises, it may have been sent.
+                        full, batch, size = batch, [], 0
+                        outlet.send_all(full)
                     if isinstance(item, bytes):
                         batch.append(item)
                         size += len(item)
@@ -123,7 +125,7 @@ class Sender(SenderBase[T_contra]):
     _encode = staticmethod(_codec.encode)
 
     def _report(self, obj: T_contra, error: Exception) -> None:
-        if not isinstance(error, (EndpointMoved, EndpointClosed)):
+        if not isinstance(error, (EndpointMoved, EndpointClosed)) and not raised_by_handler(error):
             raise SerializationError(f"can't serialize {type(obj).__name__!r} object: {error}") from error
 
 

@@ -130,7 +130,13 @@ def test_fork_while_another_thread_puts(start_method: str) -> None:
     """The same with a queue, by every way to start a process."""
     queue: Queue[Any] = Queue()
     received: list[tuple[int, int]] = []
-    with busy_thread(lambda number: queue.put((-1, number))) as calls:
+
+    def put(number: int) -> None:
+        # More than the kernel takes; no more than is taken in a moment, however long a process takes to start.
+        if queue.qsize() < 5000:
+            queue.put((-1, number))
+
+    with busy_thread(put) as calls:
         for who in range(5):
             with started(context_of(start_method), put_100, queue, who):
                 while len(received) < 100 * (who + 1):

@@ -6,16 +6,19 @@ import multiprocessing
 import queue as stdlib
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import repeat, starmap
 from typing import Any
 
 import pytest
 
-from mp_ipcchan import JoinableQueue, Queue, SerializationError, ShutDown, channel
+from mp_ipcchan import Empty, JoinableQueue, Pipe, Queue, SerializationError, ShutDown, bytes_channel, channel
 
 #: Seconds that a test goes on for; what it looks for shows within a tenth of that where it is broken.
 LONG = 1.5
@@ -183,6 +186,162 @@ def test_recv_many_gives_what_comes_before_a_message_that_cannot_be_decoded() ->
         with pytest.raises(SerializationError):
             rx.recv_many(10)
         assert rx.recv_many(10) == [3]
+
+
+class AlarmedByPickle:
+    """The alarm goes off while it is pickled, and while it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        signal.raise_signal(signal.SIGALRM)
+        return int, ("7",)
+
+
+def _unpickle_alarmed() -> int:
+    signal.raise_signal(signal.SIGALRM)
+    return 7
+
+
+class AlarmedByUnpickling:
+    def __reduce__(self) -> Any:
+        return _unpickle_alarmed, ()
+
+
+def _time_out(*_: object) -> None:
+    raise TimeoutError("the alarm")
+
+
+@pytest.mark.parametrize("handler", [_time_out, partial(_time_out, None)], ids=["function", "partial"])
+def test_error_of_a_handler_is_no_error_of_the_message(handler: Callable[..., None]) -> None:
+    """What a handler raises comes out as it is, and a message that was being decoded is still there."""
+    tx, rx = channel()
+    with tx, rx:
+        with _handling(handler):
+            with pytest.raises(TimeoutError, match="the alarm"):
+                tx.send(AlarmedByPickle())
+            tx.send(AlarmedByUnpickling())
+            for receive in (rx.recv, partial(rx.recv_many, 5)):
+                with pytest.raises(TimeoutError, match="the alarm"):
+                    receive()
+        with _handling(lambda *_: None):
+            assert rx.recv(LIMIT) == 7
+
+
+class Interrupter:
+    """Interrupts calls at random instants."""
+
+    def __init__(self) -> None:
+        seed = random.randrange(1 << 32)
+        print("seed", seed)
+        self._dice = random.Random(seed)
+        self._armed = False
+
+    def handle(self, *_: object) -> None:
+        if self._armed:
+            self._armed = False
+            raise Stop
+
+    def interrupt(self, call: Callable[[], object], within: float) -> None:
+        """Call, and interrupt that at an instant ``within`` so many seconds, if it takes that long."""
+        try:
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, self._dice.uniform(1e-5, within))
+            call()
+        except Stop:
+            pass
+        finally:
+            self._armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.fixture
+def interrupter() -> Iterator[Interrupter]:
+    interrupter = Interrupter()
+    with _handling(interrupter.handle):
+        yield interrupter
+
+
+def test_interrupted_send_many_doubles_nothing(interrupter: Interrupter) -> None:
+    """Of several messages sent at once, the first ones have been sent, each once."""
+    end = time.monotonic() + LONG
+    while time.monotonic() < end:
+        tx, rx = channel()
+        with rx:
+            interrupter.interrupt(partial(tx.send_many, range(3000)), 3e-3)
+            tx.close()
+            got = list(rx)
+        assert got == list(range(len(got)))
+
+
+needs_returns_unwatched = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="3.10 looks for signals where a function returns, too"
+)
+
+
+@needs_returns_unwatched
+def test_interrupted_recv_bytes_loses_nothing(interrupter: Interrupter) -> None:
+    """A message is returned, or still there."""
+    left, right = Pipe()
+    messages = [b"%d" % number for number in range(100)]
+    with left, right:
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            for message in messages:
+                right.send_bytes(message)
+            got: list[bytes] = []
+            # Received and kept by one C call each.
+            interrupter.interrupt(partial(got.extend, starmap(left.recv_bytes, repeat((), len(messages)))), 5e-4)
+            while left.poll():
+                got.append(left.recv_bytes())
+            assert got == messages
+
+
+@needs_returns_unwatched
+def test_interrupted_recv_into_loses_nothing(interrupter: Interrupter) -> None:
+    """A message is in the buffer, or still there, or both: what it raised then can't tell."""
+    tx, rx = bytes_channel()
+    messages = [b"%06d" % number for number in range(100)]
+    buffer = bytearray(6)
+    with tx, rx:
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            buffer[:] = messages[0]
+            for message in messages:
+                tx.send(message)
+            got: list[bytes] = []
+
+            def receive_all(got: list[bytes] = got) -> None:
+                while True:
+                    rx.recv_into(buffer, 0)
+                    got.append(bytes(buffer))
+
+            with suppress(Empty):
+                interrupter.interrupt(receive_all, 5e-4)
+            got.append(bytes(buffer))
+            with suppress(Empty):
+                receive_all()
+            assert list(dict.fromkeys(got)) == messages
+
+
+@needs_returns_unwatched
+def test_interrupted_get_keeps_the_bound(interrupter: Interrupter) -> None:
+    """However often ``get`` is interrupted, each message gives its slot back once."""
+    bound = 50
+    with closing(Queue[int](bound)) as queue:
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            with pytest.raises(stdlib.Full):
+                while True:
+                    queue.put_nowait(1)
+            assert queue.qsize() == bound
+            for get in (queue.get_nowait, partial(queue.get_many, 7)):
+                interrupter.interrupt(partial(_call_until_empty, get, queue), 2e-4)
+            while not queue.empty():
+                queue.get(timeout=LIMIT)
+
+
+def _call_until_empty(get: Callable[[], object], queue: Queue[int]) -> None:
+    while not queue.empty():
+        get()
 
 
 class Undecodable:

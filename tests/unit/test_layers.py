@@ -10,7 +10,7 @@ import mp_ipcchan
 PACKAGE = Path(mp_ipcchan.__file__).parent
 
 LAYERS = [
-    ["errors", "_deadline"],
+    ["errors", "_deadline", "_interrupt"],
     ["_message"],
     ["_segment", "_transport._frame", "_transport._carrier"],
     ["_transport._spill"],

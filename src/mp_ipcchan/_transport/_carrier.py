@@ -11,6 +11,7 @@ import array
 import os
 import socket
 from collections.abc import Sequence
+from itertools import repeat
 
 from ..errors import ProtocolError
 
@@ -73,6 +74,22 @@ def unload(fd: int, count: int) -> list[int]:
                 raise ProtocolError("a carrier holds too few descriptors") from None
             raise
     return fds
+
+
+def check_room(fd: int, count: int) -> None:
+    """Raise ``OSError`` where ``unload`` would have to, while what the carrier holds is still in it."""
+    copies: list[int] = []
+    try:
+        # And one more, for ``unload`` itself.
+        copies.extend(map(os.dup, repeat(fd, count + 1)))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"this process may open too few descriptors for those that a message brings ({count}); it is still "
+            f"there: close some, or raise the limit (ulimit -n)",
+        ) from error
+    finally:
+        list(map(os.close, copies))
 
 
 class Carrier:

@@ -18,7 +18,7 @@ from typing import Any
 from .. import _segment
 from .._message import CHANNEL_BUFFER, PLAIN_SIZE, Descriptors, HandleKind, Message, Outgoing, Parcel
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, SEND_FLAGS, Carrier, load, send_rights, unload
+from ._carrier import MAX_IN_PACKET, SEND_FLAGS, Carrier, check_room, load, send_rights, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
@@ -104,9 +104,10 @@ class Spill:
     def _read_other(self) -> None:
         body, buffers, kinds, end = self._parse()
         copies = [bytearray(buffer) for buffer in buffers]
+        fds = self._unload(len(kinds)) if kinds else []
         self._position = end
         self._unread -= 1
-        self.messages.extend(map(Parcel, (body,), (copies,), (kinds,), (self._unload(len(kinds)) if kinds else [],)))
+        self.messages.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
 
     def _unread_plain(self) -> None:
         """Undo ``read``, so that the position tells all that is left. Not where it read an other one."""
@@ -161,8 +162,9 @@ class Spill:
         return self._chunk[start : start + size]
 
     def _unload(self, count: int) -> list[int]:
-        """The next message's descriptors. ``OSError`` where this process has no room; the message is lost then."""
+        """The next message's descriptors. ``OSError`` where this process has no room; they are still there then."""
         while self._carriers:
+            check_room(self._carriers[0], count)
             try:
                 return unload(self._carriers[0], count)
             except ProtocolError:
