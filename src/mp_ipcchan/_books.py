@@ -27,7 +27,7 @@ class Books:
     ``idle``: raised when ``tasks`` falls to zero.
     """
 
-    __slots__ = ("__weakref__", "_ahead", "idle", "ledger", "maxsize", "plain", "slots", "tasks")
+    __slots__ = ("__weakref__", "idle", "ledger", "maxsize", "plain", "slots", "tasks")
 
     def __init__(self, maxsize: int, ledger_fd: int, counters: list[Counter]) -> None:
         self.maxsize = maxsize
@@ -36,8 +36,6 @@ class Books:
         self.tasks = next(rest, None)
         self.idle = next(rest, None)
         self.ledger = Ledger(ledger_fd, self._settle)
-        #: Slots given back for messages that then stayed in the queue after all.
-        self._ahead = 0
         #: Whether there is nothing to count but what the ledger does.
         self.plain = self.slots is None and self.tasks is None
 
@@ -155,21 +153,18 @@ class Books:
         if slots is None:
             ledger.take(0, count)
             return
-        entered = False
+        early = min(ledger.ahead, count)
         given: list[None] = []
         try:
-            ledger.take(-count, count)
-            entered = True
-            early = min(self._ahead, count)
+            # First: killed in between, a slot too many comes back, not one too few.
             if count > early:
                 given.extend(map(os.eventfd_write, (slots.fileno(),), (count - early,)))
-            self._ahead -= early
+            ledger.take(-count, count)
+            ledger.ahead -= early
         except BaseException:
-            if entered:
-                ledger.take(count, -count)
             if given:
                 # Somebody may have used them by now.
-                self._ahead += count - early
+                ledger.ahead += count - early
             raise
 
     def left(self, count: int = 1) -> None:

@@ -55,6 +55,10 @@ class Delivery:
     def _left(self, count: int = 1) -> None:
         """``count`` messages were put back."""
 
+    def _comes_late(self) -> bool:
+        """Whether what has come while this waited may be newer than something elsewhere: then ``_take`` sees to it."""
+        return False
+
     def _report(self, error: Exception) -> None:
         """Raise what a message that can't be decoded is to raise, if not ``error`` itself."""
 
@@ -68,7 +72,7 @@ class Delivery:
         incoming: Incoming | None = None
         box: list[Packet] = []
         decoded: list[Any] = []
-        decoding = False
+        late = decoding = False
         try:
             try:
                 if lock is not None:
@@ -84,8 +88,9 @@ class Delivery:
                             if not block or deadline is not None:
                                 raise
                             box = inlet.await_packet()
+                            late = self._comes_late()
                         data, ancillary, flags, _ = box[0]
-                        if data.startswith(PLAIN) and not ancillary and not flags & CUT:
+                        if data.startswith(PLAIN) and not ancillary and not flags & CUT and not late:
                             incoming = data
                         else:
                             inlet.keep(box)

@@ -1,9 +1,10 @@
 """The ends of a queue, as every process holds them all.
 
-A queue is a socket pair, and a second one, the *front lane*. What a process had not sent when it ended comes as
-one packet, of which a reader takes the first message. The rest is older than all that was put since, so it
-goes into the front lane. There a reader looks first where it has put something itself, and else when it finds
-nothing in the queue, or has waited for a second.
+A queue is a socket pair, and a second one, the *front lane*. What a process had not sent when it ended comes as one
+packet, a spill, whose messages are older than all that was put since. So the reader that gets it puts it into
+the front lane, where it stays, and from which everybody takes, message by message, until there is none left.
+There a reader looks first where that was noted, and else when it finds nothing in the queue, or has waited for a
+second.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from itertools import starmap
 
 from ._connection import Connection
 from ._inlet import EndOfStream, ShutMark, Spill
+from ._interrupt import raised_by_handler
+from ._ledger import Ledger
 from ._link import Link, LinkHandle
 from ._message import CHANNEL_BUFFER, Handle, HandleKind, Incoming
 from ._transport._carrier import send_rights
 from ._transport._frame import SHUT
+from ._transport.unix import PEEK_ALL, Opened, Packet, close_packet, open_packet
+from .errors import ProtocolError
 
 #: How long (seconds) anybody waits for a message without looking up.
 LOOK_EVERY = 1.0
@@ -29,13 +35,15 @@ _TIMEVAL = struct.Struct("ll")
 class Ends:
     """The reading and the writing end. The links of both have the same end of the front lane."""
 
-    __slots__ = ("reader", "writer")
+    __slots__ = ("ledger", "reader", "writer")
 
     def __init__(self, receiving: Link, sending: Link, front_receiving: Link, front_sending: Link) -> None:
         receiving.attach(front_receiving)
         sending.attach(front_sending)
         self.reader = Connection(receiving, writable=False)
         self.writer = Connection(sending, readable=False)
+        #: Where it is noted for all processes that something is in the front lane, if anywhere.
+        self.ledger: Ledger | None = None
 
     @classmethod
     def new(cls) -> Ends:
@@ -45,19 +53,19 @@ class Ends:
         receiving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(LOOK_EVERY), 0))
         return cls(receiving, sending, *Link.pair(CHANNEL_BUFFER))
 
-    def take(self, wait: bool, hold: Callable[[int], None] | None = None) -> Incoming | ShutMark:
+    def take(self, wait: bool) -> Incoming | ShutMark:
         """One message. Raises ``BlockingIOError``, and ``EOFError`` where nobody can put any more.
 
-        With ``wait`` it waits, but comes back now and then. ``hold`` is told how many further messages, which would be
-        lost if this process were killed, it has in its hands (and, as a negative number, no more).
+        With ``wait`` it waits, but comes back now and then.
         """
         self.reader._check_closed()
         inlet = self.reader._link.inlet
         looked = False
         while True:
-            if inlet.detour and not inlet.ready:
+            waiting = bool(inlet.ready)
+            if (inlet.detour or (self.ledger and self.ledger.detour)) and not waiting and not inlet.inbox:
                 looked = True
-                taken = self._take_in_front(hold)
+                taken = self._take_in_front()
                 if taken is not None:
                     return taken
             try:
@@ -71,60 +79,118 @@ class Ends:
                     raise
                 raise EOFError("no process can put anything into this queue any more") from None
             # Asked without a call: a signal's handler that raises here would lose the message.
-            if found.__class__ is not Spill:
+            if found.__class__ is Spill:
+                self._put_in_front(found)
+            elif found.__class__ is not bytes or waiting or not self._step_back(found):
                 return found  # type: ignore[return-value]
-            return self._unroll(found, hold)
 
-    def _take_in_front(self, hold: Callable[[int], None] | None) -> Incoming | None:
-        """The oldest message of the front lane, if there is one."""
+    def _step_back(self, frame: bytes) -> bool:
+        """Put a message into the front lane if it came while this process waited, and another put older ones there.
+
+        False where it is this process's to deliver. Messages with descriptors are not put back: those keep their
+        order only while one process reads.
+        """
+        sent: list[None] = []
+        try:
+            if self.ledger and self.ledger.detour and not self.writer.closed:
+                front = self.writer._link.front
+                assert front
+                spill = Spill.of([frame])
+                sent.extend(map(spill.send_last, (front.sock,)))
+                spill.close()
+        except BaseException as error:
+            if isinstance(error, OSError) and not sent and not raised_by_handler(error):
+                # There is no room.
+                return False
+            if not sent:
+                self.reader._link.inlet.put_back(frame)
+            raise
+        return bool(sent)
+
+    def _put_in_front(self, spill: Spill) -> None:
+        """Let everybody read what a process left behind. Where there is no room for that, this process reads it all.
+
+        The one instant at which a reader that is killed takes all of it along.
+        """
+        sent: list[None] = []
+        try:
+            if not self.writer.closed:
+                front = self.writer._link.front
+                assert front
+                sent.extend(map(spill.send_last, (front.sock,)))
+                self._note(True)
+        except OSError:
+            pass
+        finally:
+            if not sent:
+                self.reader._link.inlet.put_back(spill)
+
+    def _note(self, detour: bool) -> None:
+        self.reader._link.inlet.detour = detour
+        if self.ledger:
+            self.ledger.set_detour(detour)
+
+    def _take_in_front(self) -> Incoming | None:
+        """The oldest message that the front lane has, if any."""
+        inlet = self.reader._link.inlet
+        while True:
+            spill = inlet.shared
+            if spill is None:
+                # Before it looks: another process may put something there and note that, in between.
+                self._note(False)
+                spill = self._look_in_front()
+                if spill is None:
+                    return None
+                self._note(True)
+            held: deque[Incoming] = deque()
+            try:
+                spill.read(1, held)
+                if spill.drained:
+                    self._retire(spill)
+            except BaseException as error:
+                inlet.put_back(*held)
+                if isinstance(error, ProtocolError):
+                    self._retire(spill)
+                raise
+            if held:
+                return held[0]
+
+    def _look_in_front(self) -> Spill | None:
+        """The spill that is first in the front lane. It stays there, for others."""
+        inlet = self.reader._link.inlet
+        assert inlet.front
+        box: list[Packet] = []
+        opened: deque[Opened] = deque()
+        try:
+            box.extend(starmap(inlet.front.recvmsg, PEEK_ALL))
+            open_packet(box[0], opened, [])
+        except (BlockingIOError, EndOfStream):
+            return None
+        except BaseException:
+            if box and not opened:
+                close_packet(box[0])
+            raise
+        [spill] = opened
+        if not isinstance(spill, Spill):
+            raise ProtocolError("something else than what a process left behind is in a queue's front lane")
+        inlet.shared = spill
+        return spill
+
+    def _retire(self, spill: Spill) -> None:
+        """Take a spill of which everything is claimed out of the front lane."""
         link = self.reader._link
         assert link.front
+        if link.inlet.shared is not spill:
+            return
+        link.inlet.shared = None
         try:
             found = link.front.inlet.take(False)
         except (BlockingIOError, EndOfStream):
-            link.inlet.detour = False
-            return None
-        if found.__class__ is not Spill:
-            return found  # type: ignore[return-value]
-        return self._unroll(found, hold)
-
-    def _unroll(self, taken: Spill, hold: Callable[[int], None] | None) -> Incoming:
-        """Of the messages of a process that ended, the first; the rest goes in front, for anybody to take."""
-        held: list[Incoming] = []
-        further = taken.left - 1 if hold else 0
-        announced = False
-        try:
-            if hold and further:
-                hold(further)
-                announced = True
-            held.extend(starmap(taken.pop, ((),)))
-            self._put_in_front(taken)
-        except BaseException:
-            # A signal's handler raised: what it interrupted stays with this process.
-            self.reader._link.inlet.put_back(*held, *(taken,) * bool(taken.left))
-            raise
-        finally:
-            if hold and announced:
-                hold(-further)
-        return held[0]
-
-    def _put_in_front(self, spill: Spill) -> None:
-        if spill.left and not self.writer.closed:
-            front = self.writer._link.front
-            assert front
-            self.reader._link.inlet.detour = True
-            try:
-                spill.forward(front.sock)
-                if spill.left:
-                    spill.send_last(front.sock)
-                    spill.close()
-            except OSError:
-                # There is no room even for this; it stays with this process.
-                pass
-        if spill.left:
-            self.reader._link.inlet.put_back(spill)
-        else:
-            spill.close()
+            # Another process was faster.
+            return
+        if isinstance(found, Spill) and found.left:
+            # Much faster: this is the next one.
+            self._put_in_front(found)
 
     def send_shut(self) -> None:
         """Tell a reader that the queue was shut down. On a full socket nobody waits to hear it."""
@@ -141,6 +207,11 @@ class Ends:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is there to take, and nothing of this process waits to get there."""
+        self.reader._check_closed()
+        inlet = self.reader._link.inlet
+        while (spill := inlet.shared or self._look_in_front()) and not spill.left:
+            # Whoever took the last was killed before it could do this.
+            self._retire(spill)
         return not self.await_readable(0.0) and (self.writer.closed or not self.writer._link.outlet.backlog)
 
     def close(self) -> None:

@@ -41,6 +41,9 @@ _MOST_LOOKS = 16
 #: After how many times in vain it looks as often again.
 _LOOK_AGAIN = 32
 
+#: How many messages of an ended process are read at a time, at most.
+_MOST_READ = 2048
+
 #: What ``take`` gives: a message, or what only a queue understands.
 Taken: TypeAlias = Incoming | Spill | ShutMark
 
@@ -57,6 +60,7 @@ class Inlet:
         "ready",
         "receiving",
         "recvmsg",
+        "shared",
         "waker",
     )
 
@@ -76,8 +80,9 @@ class Inlet:
         self.receiving: bool = False
         #: Whether older messages may wait in the front lane of the queue that this is part of.
         self.detour: bool = False
-        #: The reading end of that lane.
+        #: The reading end of that lane, and the first spill in it, once it was seen.
         self.front: socket.socket | None = None
+        self.shared: Spill | None = None
         #: How often ``await_packet`` looks before it sleeps, and how often that was in vain.
         self._looks = _MOST_LOOKS
         self._vain_looks = 0
@@ -186,7 +191,8 @@ class Inlet:
                 spill = self.ready[0] if self.ready else None
                 if not isinstance(spill, Spill):
                     return
-                spill.read()
+                if not spill.messages:
+                    spill.read(_MOST_READ, spill.messages)
                 if spill.messages:
                     self.ready.extendleft(starmap(spill.messages.pop, repeat((), len(spill.messages))))
                 else:
@@ -263,6 +269,7 @@ class Inlet:
 
     def close(self) -> None:
         """Drop what waits here. The socket is the link's to close."""
+        self.shared = None
         if self.waker:
             self.waker.close()
             self.waker = None

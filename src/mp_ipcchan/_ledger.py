@@ -32,7 +32,7 @@ _WORDS = 8
 SIZE = CELLS * _WORDS * 8
 
 BEGUN, DELIVERED, _TAKEN, _TAKING, _FORGIVEN = range(5)
-_STATE = 0
+_STATE, _DETOUR = 0, 1
 #: struct flock, as F_OFD_SETLK takes it on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 
@@ -50,7 +50,7 @@ _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 class Ledger:
     """One process's view of a queue's ledger. Owns its descriptor."""
 
-    __slots__ = ("__weakref__", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "_words", "base", "lock")
+    __slots__ = ("__weakref__", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "_words", "ahead", "base", "lock")
 
     def __init__(self, fd: int, settle: Callable[[int, int], None]) -> None:
         self._fd = fd
@@ -58,6 +58,8 @@ class Ledger:
         #: Where this process's cell begins; 0 while it has none. The first entry claims one, for which it
         #: needs a descriptor.
         self.base = 0
+        #: Slots that this process gave back for messages that then stayed in the queue after all.
+        self.ahead = 0
         #: Called for a dead process: how many messages it had begun and not delivered, and was taking.
         self._settle = settle
         #: Held while this process's cell changes. Reentrant: a signal's handler may use the queue.
@@ -219,6 +221,19 @@ class Ledger:
     def set_state(self, state: int) -> None:
         self._words[_STATE] = state
 
+    @property
+    def changed(self) -> bool:
+        """Whether the queue is not just open, with everything in order in its socket."""
+        return bool(self._words[_STATE] or self._words[_DETOUR])
+
+    @property
+    def detour(self) -> int:
+        """Whether older messages may wait in the queue's front lane; a hint, which may be wrong."""
+        return self._words[_DETOUR]
+
+    def set_detour(self, detour: bool) -> None:
+        self._words[_DETOUR] = detour
+
     # -- ends --------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -241,6 +256,7 @@ class Ledger:
     def reset_after_fork(self) -> None:
         """The cell is the parent's, and our copy of its lock would outlive it."""
         self.lock = threading.RLock()
+        self.ahead = 0
         self._leave()
 
 

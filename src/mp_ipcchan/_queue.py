@@ -123,6 +123,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
     def _assemble(self, ends: Ends, books: Books) -> None:
         self._ends = ends
         self._books = books
+        ends.ledger = books.ledger
         self._maxsize = books.maxsize
         # Others wait for these: multiprocessing.connection.wait, and the stdlib's executors.
         self._reader, self._writer = ends.reader, ends.writer
@@ -179,7 +180,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         deadline = deadline_in(timeout) if block and timeout is not None else None
         books = self._books
         ledger = books.ledger
-        direct = books.plain and ledger.base > 0 and not ledger.state and self._reader._handle is not None
+        direct = books.plain and ledger.base > 0 and not ledger.changed and self._reader._handle is not None
         return self._deliver(self._inlet, direct, block, deadline)  # type: ignore[no-any-return]
 
     def get_nowait(self) -> T:
@@ -201,10 +202,12 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
     def _left(self, count: int = 1) -> None:
         self._books.left(count)
 
+    def _comes_late(self) -> bool:
+        return self._books.ledger.detour > 0
+
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """A message that ``books.taking`` was told of."""
         ends, books, ledger = self._ends, self._books, self._books.ledger
-        hold = books.taking if books.slots else None
         if not ledger.base:
             # Now, not when a message has been taken and there turns out to be no descriptor for it.
             ledger.join()
@@ -216,7 +219,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                 try:
                     # A bounded queue never waits while it owes a slot; a queue that was shut down may
                     # have nothing to wait for.
-                    taken = ends.take(block and deadline is None and not books.slots and not state, hold)
+                    taken = ends.take(block and deadline is None and not books.slots and not state)
                 except BaseException as error:
                     books.left()
                     if not isinstance(error, BlockingIOError):

@@ -60,6 +60,20 @@ def create(body: Sequence[Buffer], buffers: Sequence[Buffer], owned: list[int]) 
     return fd
 
 
+def create_with_position(pieces: Sequence[Buffer], owned: list[int]) -> int:
+    """Write ``pieces`` into a segment whose position (``lseek``), 0 at first, processes can share and move.
+
+    As for ``create``, its descriptor is appended to ``owned``. Readers must reckon with its being truncated.
+    """
+    fd = create(pieces, (), owned)
+    # Opened once more: only a file that was opened, not one of memfd_create, has a position that the kernel
+    # guards against two processes that move it at a time.
+    owned.extend(map(os.open, (f"/proc/self/fd/{fd}",), (os.O_RDWR | os.O_CLOEXEC,)))
+    owned.remove(fd)
+    os.close(fd)
+    return owned[-1]
+
+
 def create_blank(size: int) -> int:
     """A new sealed segment of ``size`` zero bytes, to be shared; the caller owns the descriptor."""
     fd = os.memfd_create("mp_ipcchan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import array
 import os
+import queue as stdlib
 import resource
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from multiprocessing import connection
 from typing import Any
 
 import pytest
 
 from mp_ipcchan import Fd, JoinableQueue, Queue, Receiver, Sender, SimpleQueue, channel
+from mp_ipcchan._ends import Ends
 
-from ._support import LIMIT, MANY, STOP, AnyQueue, Crew, collect, end_of, kill, put_all, take, until
+from ._support import LIMIT, MANY, STOP, AnyQueue, Crew, collect, end_of, is_asleep, kill, put_all, take, until
 
 READERS = 4
 
@@ -112,12 +115,54 @@ def test_several_readers_share_the_rest(crew: Crew, results: Queue[list[int]], k
         readers = [crew.start(collect, queue, results) for _ in range(READERS)]
         shares = [take(results) for _ in readers]
         crew.finish(*readers)
-        # One reader's share need not be in order: what it puts back goes behind what is forwarded meanwhile.
+        assert all(share == sorted(share) for share in shares)
         assert sorted(number for share in shares for number in share) == list(range(MANY))
 
 
 def _take_one(queue: Queue[int], results: Queue[int]) -> None:
     results.put(take(queue))
+
+
+def _announce_and_take(queue: Queue[Any], used: bool, about_to: Sender[None], results: Queue[Any]) -> None:
+    if used:
+        with pytest.raises(stdlib.Empty):
+            queue.get_nowait()
+    about_to.send(None)
+    results.put(queue.get())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_reader_that_slept_through_the_end_of_a_child(
+    crew: Crew, queue: Queue[Any], results: Queue[Any], monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    """It went to sleep when another had the child's last packet in its hands: what wakes it is newer than that."""
+    count = 2000
+    put_in_front = Ends._put_in_front
+    tx, rx = channel()
+    readers = []
+
+    def put_in_front_late(ends: Ends, spill: Any) -> None:
+        readers.append(crew.start(_announce_and_take, queue, used, tx, results))
+        tx.close()
+        rx.recv(LIMIT)
+        until(partial(is_asleep, readers[0]))
+        put_in_front(ends, spill)
+
+    with rx:
+        crew.finish(crew.start(put_all, queue, range(count)))
+        monkeypatch.setattr(Ends, "_put_in_front", put_in_front_late)
+        got = []
+        while not readers:
+            got.append(take(queue))
+        monkeypatch.undo()
+        queue.put(STOP)
+        crew.finish(*readers)
+        other = take(results)
+        assert other != STOP
+        while (message := take(queue)) != STOP:
+            got.append(message)
+        assert sorted([*got, other]) == list(range(count))
+        assert queue.qsize() == 0
 
 
 def test_readers_that_take_one_and_end(crew: Crew, queue: Queue[int], results: Queue[int]) -> None:
@@ -269,6 +314,53 @@ def test_unread_files_of_an_ended_child(crew: Crew, queue: Queue[Any]) -> None:
         assert number == expected
         with os.fdopen(fd.detach(), "rb") as file:
             assert file.read() == b"%d" % number
+
+
+def _check_files(queue: Queue[Any], results: Queue[list[int]]) -> None:
+    seen = []
+    while (message := take(queue)) != STOP:
+        number, fd = message
+        with os.fdopen(fd.detach(), "rb") as file:
+            assert file.read() == b"%d" % number
+        seen.append(number)
+    results.put(seen)
+
+
+def test_several_readers_share_files_of_an_ended_child(
+    crew: Crew, queue: Queue[Any], results: Queue[list[int]]
+) -> None:
+    """Each message comes with its own file, whoever takes it."""
+    count = 2000
+    crew.finish(crew.start(_put_files, queue, count))
+    readers = [crew.start(_check_files, queue, results) for _ in range(READERS)]
+    put_all(queue, [STOP] * READERS)
+    shares = [take(results) for _ in readers]
+    crew.finish(*readers)
+    assert sorted(number for share in shares for number in share) == list(range(count))
+
+
+def test_message_of_an_ended_child_with_more_files_than_a_packet_takes(crew: Crew, queue: Queue[Any]) -> None:
+    """Some hundred descriptors in one message, between others."""
+    crew.finish(crew.start(_put_groups_of_files, queue))
+    for turn in range(200):
+        number, fds = take(queue)
+        assert number == turn
+        for at, fd in enumerate(fds):
+            with os.fdopen(fd.detach(), "rb") as file:
+                assert file.read() == b"%d" % at
+        assert len(fds) == (300 if turn % 100 == 99 else turn % 3)
+
+
+def _put_groups_of_files(queue: AnyQueue) -> None:
+    for turn in range(200):
+        fds = []
+        for number in range(300 if turn % 100 == 99 else turn % 3):
+            reading, writing = os.pipe()
+            os.write(writing, b"%d" % number)
+            os.close(writing)
+            fds.append(Fd(reading))
+            os.close(reading)
+        queue.put((turn, fds))
 
 
 SIZES = [0, 1, 60_000, 65_500, 65_536, 70_000, 1 << 20, 5 << 20]

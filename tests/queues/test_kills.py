@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import queue as stdlib
 import random
+import signal
 import struct
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,20 +123,32 @@ def _check_bound(queue: Queue[Any], maxsize: int, kills: int) -> None:
             put += 1
 
 
-def test_consumers_of_an_ended_producer_killed(crew: Crew, dice: random.Random, queue: Queue[int]) -> None:
-    """Killed while they hold the rest of an ended process's messages, they may lose it; others' messages come."""
-    with new_log() as log:
-        others = 2000
+def _has_more_than(log: Log, least: int) -> bool:
+    return len(log.read()) > least
+
+
+@pytest.mark.parametrize("bound", [0, 4000])
+def test_consumers_of_an_ended_producer_killed(crew: Crew, dice: random.Random, bound: int) -> None:
+    """Killed among the messages that an ended process left behind, each takes one of them along at most."""
+    each = 2000
+    with closing(Queue[Any](bound)) as queue, new_log() as log:
         for turn in range(KILLS):
-            crew.finish(crew.start(put_all, queue, range(turn * others, (turn + 1) * others)))
-            consumer = crew.start(_consume, queue, log)
-            time.sleep(dice.uniform(0, 0.02))
-            kill(consumer)
-        crew.finish(crew.start(put_all, queue, [*range(KILLS * others, (KILLS + 1) * others), STOP]))
-        crew.finish(crew.start(_consume, queue, log))
+            crew.finish(crew.start(put_all, queue, range(turn * each, (turn + 1) * each)))
+            consumers = [crew.start(_consume, queue, log) for _ in range(2)]
+            # Beyond those that were in the kernel before the process ended.
+            until(partial(_has_more_than, log, turn * each + 300 - turn))
+            time.sleep(dice.uniform(0, 0.01))
+            kill(consumers[0])
+            queue.put(STOP)
+            crew.finish(consumers[1])
+        assert queue.empty()
         got = log.read()
         assert len(set(got)) == len(got)
-        assert set(range(KILLS * others, (KILLS + 1) * others)) <= set(got)
+        assert set(got) <= set(range(KILLS * each))
+        assert len(got) >= KILLS * each - KILLS
+        if bound:
+            # A killed process's slots come back while somebody waits for one.
+            put_all(queue, range(bound))
 
 
 def _blocked_in_get(queue: AnyQueue, ready: Sender[int]) -> None:
@@ -323,6 +337,43 @@ def _put_one(queue: Queue[int], how: str) -> None:
         except stdlib.Full:
             assert time.monotonic() < deadline, f"the queue is still full for {how}"
             time.sleep(0.01)
+
+
+def _put_and_die(queue: Queue[int]) -> None:
+    """Be killed when the kernel has the message, and before that is entered."""
+    outlet = queue._writer._link.outlet  # type: ignore[attr-defined]
+    send = outlet.send_raw
+
+    def send_and_die(frame: bytes, flags: int) -> int:
+        sent: int = send(frame, flags)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return sent
+
+    outlet.send_raw = send_and_die
+    queue.put(1)
+
+
+@pytest.mark.parametrize("maxsize", [0, 3])
+@pytest.mark.parametrize("settled", [False, True])
+def test_task_of_a_producer_killed_as_it_put(crew: Crew, maxsize: int, settled: bool) -> None:
+    """Whether its message left, its entries don't say: to finish that task is right, before or after it is settled."""
+    with closing(JoinableQueue[int](maxsize)) as queue:
+        _use(queue)
+        child = crew.start(_put_and_die, queue)
+        child.join(LIMIT)
+        assert child.exitcode == -signal.SIGKILL
+        queue.put(2)
+        if settled:
+            queue._books.ledger.reclaim()
+        for number in (1, 2):
+            assert take(queue) == number
+            queue.task_done()
+        queue.join()
+        queue._books.ledger.reclaim()
+        _use(queue)
+        queue.join()
+        if maxsize:
+            _check_bound(queue, maxsize, 1)
 
 
 def test_many_producers_killed_with_a_slot(crew: Crew, dice: random.Random) -> None:

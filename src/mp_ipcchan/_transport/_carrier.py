@@ -104,10 +104,10 @@ class Carrier:
         """The end that travels."""
         return self._outer.fileno()
 
-    def add(self, fds: Sequence[int]) -> bool:
+    def add(self, fds: Sequence[int], label: bytes = b"c") -> bool:
         """Put references to ``fds`` in, at most ``MAX_IN_PACKET`` at a time; False where the carrier is full."""
         try:
-            send_rights(self._inner, [b"c"], fds)
+            send_rights(self._inner, [label], fds)
         except BlockingIOError:
             return False
         self.count += len(fds)

@@ -13,7 +13,7 @@ payload lies in a segment, the body and the buffers, back to back.
     kind      handles          lengths                   payload
     ENVELOPE  the message's    sizes of its buffers      body, buffers
     PACK      none             sizes of the frames       plain frames, back to back
-    SPILL     its carriers     position, messages left   in a segment always: records
+    SPILL     its carriers     table's place, messages   in a segment always: records, table
     SHUT      none             none                      none: the queue was shut down
 
 In a segment the buffers are aligned (``_segment.layout``). Descriptors lie in the packet in this
@@ -125,7 +125,7 @@ def _check_payload(frame: Frame, present: int) -> None:
             raise ProtocolError("a packet of packed messages is empty")
     elif frame.kind is FrameKind.SPILL:
         expected = 0
-        if not frame.in_segment or len(frame.lengths) != 2 or frame.lengths[0] > frame.body_size:
+        if not frame.in_segment or len(frame.lengths) != 2 or not _holds_table(frame):
             raise ProtocolError("the last packet of a process says wrongly where its messages lie")
         if frame.in_carrier:
             raise ProtocolError("the last packet of a process comes in a carrier")
@@ -135,6 +135,12 @@ def _check_payload(frame: Frame, present: int) -> None:
             raise ProtocolError("the packet that tells the end of a queue brings more than that")
     if expected != present:
         raise ProtocolError(f"a packet announces a payload of {expected} bytes and brings {present}")
+
+
+def _holds_table(frame: Frame) -> bool:
+    """Whether the table of a spill lies within its segment: an entry for each message and one for their end."""
+    table, count = frame.lengths
+    return table + 8 * (count + 1) <= frame.body_size
 
 
 def slices(start: int, lengths: Sequence[int]) -> Iterator[slice]:

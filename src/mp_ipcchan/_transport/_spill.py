@@ -3,188 +3,240 @@
 The messages lie in a segment, record behind record, and the packet that brings it has room even
 on a full socket, because its sender raises the socket's limit for a moment. So the end of a
 process never waits for a reader, and nothing is lost.
+
+Several processes may read one spill, each its own copy of the packet: a message is taken by moving the
+position of the open file, which they share, and which the kernel moves for one at a time. A reader that is
+killed takes at most the messages along that it has claimed.
 """
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Sequence
 from itertools import starmap
 from typing import Any
 
 from .. import _segment
-from .._message import CHANNEL_BUFFER, PLAIN_SIZE, Descriptors, HandleKind, Message, Outgoing, Parcel
+from .._message import CHANNEL_BUFFER, PLAIN_SIZE, Descriptors, HandleKind, Incoming, Message, Outgoing, Parcel
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, SEND_FLAGS, Carrier, check_room, load, send_rights, unload
+from ._carrier import MAX_IN_PACKET, Carrier, check_room, descriptors_in, load, send_rights, too_many, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
 #: net.core.wmem_max allows. Two steps: a process killed at the first leaves room for others to use the second.
 _RAISED = (131072, 1 << 22, 1 << 22, 1 << 22)
-#: How much is read at a time (bytes).
-_CHUNK = 8192
-#: How much is read at a time (bytes) where plain messages are about: more than any of them has.
-_PLAIN_CHUNK = 1 << 17
-#: How many of them are read at a time.
-_MOST_READ = 2048
+#: How much is read ahead (bytes): of the messages, and of the table that tells where they are.
+_AHEAD = 8192
+#: How much is claimed at a time (bytes, roughly) where many messages are asked for.
+_STRETCH = 1 << 17
+
+#: In the table: where the message begins, times two; one more where it has descriptors.
+_ENTRY = struct.Struct("<Q")
+#: Beside a message's descriptors in a carrier: which message.
+_NUMBER = struct.Struct("<Q")
+_UNLOAD = (
+    _NUMBER.size,
+    socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize),
+    int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC),
+)
 
 
 class Spill:
-    """The messages of a process that has ended, taken one by one. Owns its descriptors.
+    """The messages of a process that has ended. Owns its descriptors.
 
-    Those of the messages lie in carriers, in order, and are taken out message by message: a
-    reader needs no more descriptors than it would if each had come by itself.
+    Behind the messages in the segment, from ``table`` on, is where each begins, and where the last ends.
+    Descriptors lie in carriers, each message's with its number: a reader needs no more at a time than if each
+    message had come by itself. Two readers may find each other's; each goes on with the message that they are of.
     """
 
-    __slots__ = ("_carriers", "_chunk", "_chunk_start", "_position", "_segment_fd", "_size", "_unread", "messages")
+    __slots__ = (
+        "_boxes",
+        "_carriers",
+        "_count",
+        "_fd",
+        "_records",
+        "_returned",
+        "_size",
+        "_table",
+        "_table_at",
+        "drained",
+        "messages",
+    )
 
-    def __init__(self, segment_fd: int, size: int, position: int, left: int, carriers: list[int]) -> None:
-        self._segment_fd = segment_fd
+    def __init__(self, fd: int, size: int, table: int, count: int, carriers: list[int]) -> None:
+        self._fd = fd
         self._size = size
-        #: Where in the segment the messages begin that were not read yet, and how many they are.
-        self._position = position
-        self._unread = left
-        #: Read and not yet taken: plain messages, or a single other one.
-        self.messages: deque[bytes | Parcel] = deque()
+        self._table_at = table
+        self._count = count
         self._carriers = carriers
-        self._chunk = b""
-        self._chunk_start = 0
+        self._records = _Window(fd, table)
+        self._table = _Window(fd, size)
+        #: Claimed in this process, from the first to before the last, and not read after all.
+        self._returned: deque[tuple[int, int]] = deque()
+        #: Packets of carriers that were received and not used after all.
+        self._boxes: deque[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = deque()
+        #: Whether this process has seen that everything is claimed.
+        self.drained: bool = not count
+        #: Read, and not yet taken by the process that has this spill to itself.
+        self.messages: deque[Incoming] = deque()
 
     @property
     def left(self) -> int:
-        """How many messages were not taken yet."""
-        return self._unread + len(self.messages)
+        """How many messages nobody has claimed, or this process has and not taken."""
+        if self._fd < 0:
+            return 0
+        unclaimed = max(0, self._count - os.lseek(self._fd, 0, os.SEEK_CUR))
+        return unclaimed + sum(last - first for first, last in self._returned) + len(self.messages)
 
     @classmethod
     def of(cls, items: Sequence[Outgoing]) -> Spill:
         """Lay ``items`` out in a new segment and carriers. Their handles stay theirs."""
         pieces: list[bytes | bytearray | memoryview] = []
-        loads: list[list[int]] = []
-        for item in items:
+        table: list[int] = []
+        loads: list[tuple[int, list[int]]] = []
+        at = 0
+        for number, item in enumerate(items):
             message = item if isinstance(item, Message) else Message([memoryview(item)[PLAIN_SIZE:]])
             body = b"".join(message.body)
             kinds = bytes(handle.kind for handle in message.handles)
-            pieces += (record(len(body), [memoryview(b).nbytes for b in message.buffers], kinds), body)
+            begins = record(len(body), [memoryview(b).nbytes for b in message.buffers], kinds)
+            pieces += (begins, body)
             pieces += message.buffers
+            table.append(2 * at + bool(kinds))
             if kinds:
-                loads.append([handle.fileno() for handle in message.handles])
+                loads.append((number, [handle.fileno() for handle in message.handles]))
+            at += len(begins) + len(message)
+        table.append(2 * at)
+        pieces.append(struct.pack(f"<{len(table)}Q", *table))
         owned = Descriptors([])
-        segment_fd = _segment.create(pieces, (), owned.fds)
+        fd = _segment.create_with_position(pieces, owned.fds)
         carriers = _load_all(loads)
-        owned.fds.clear()
-        return cls(segment_fd, os.fstat(segment_fd).st_size, 0, len(items), carriers)
+        owned.fds.remove(fd)
+        return cls(fd, os.fstat(fd).st_size, at, len(items), carriers)
 
-    def read(self, most: int = _MOST_READ) -> None:
-        """Read ``messages``, where there are none: at most ``most`` plain ones, or a single other one.
+    def read(self, most: int, into: deque[Incoming]) -> None:
+        """Claim messages and append them to ``into``, at most ``most``; none once all are claimed.
 
+        ``OSError`` where this process has no room for the descriptors of one; it can be read again then.
         ``ProtocolError``, and nothing left, where the segment is not as it should be.
         """
-        if self.messages or not self._unread:
-            return
+        if most > 1:
+            most = max(1, min(most, _STRETCH * self._count // (self._table_at + 1)))
+        claimed: list[tuple[int, int]] = []
+        ends: list[int] = []
+        before = len(into)
         try:
-            if not self._read_plain(most):
-                self._read_other()
+            try:
+                claimed.extend(starmap(self._returned.popleft, ((),)))
+            except IndexError:
+                ends.extend(map(os.lseek, (self._fd,), (most,), (os.SEEK_CUR,)))
+                claimed.append((ends[0] - most, min(ends[0], self._count)))
+            first, last = claimed[0]
+            if last == self._count:
+                self.drained = True
+            if first < last:
+                self._read(first, min(last, first + most), into)
         except ProtocolError:
             self.close()
             raise
+        finally:
+            if ends and not claimed:
+                claimed.append((ends[0] - most, min(ends[0], self._count)))
+            for first, last in claimed:
+                rest = first + len(into) - before
+                if rest < last and self._fd >= 0:
+                    self._returned.appendleft((rest, last))
 
-    def _read_plain(self, most: int) -> bool:
-        chunk = _read_at(self._segment_fd, self._position, min(_PLAIN_CHUNK, self._size - self._position))
-        frames, end = plain_records(chunk, min(most, self._unread))
-        # No call comes between these, hence no signal's handler.
-        messages = deque[Any](frames)
-        self.messages = messages
-        self._unread -= len(frames)
-        self._position += end
-        return bool(frames)
+    def _read(self, first: int, last: int, into: deque[Incoming]) -> None:
+        """Append messages from ``first`` to before ``last``, in order, by C calls: plain ones, or one other."""
+        entries = self._entries(first, last)
+        if entries[0] & 1:
+            self._read_with_descriptors(first, into)
+            return
+        plain = next((at for at, entry in enumerate(entries) if entry & 1), last - first)
+        frames, _ = plain_records(self._records.read(entries[0] >> 1, entries[plain] >> 1), plain)
+        if frames:
+            into.extend(frames)
+        else:
+            body, copies, kinds = self._parse(*entries[:2])
+            into.extend(map(Parcel, (body,), (copies,), (kinds,), ([],)))
 
-    def _read_other(self) -> None:
-        body, buffers, kinds, end = self._parse()
-        copies = [bytearray(buffer) for buffer in buffers]
-        fds = self._unload(len(kinds)) if kinds else []
-        self._position = end
-        self._unread -= 1
-        self.messages.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
+    def _read_with_descriptors(self, number: int, into: deque[Incoming]) -> None:
+        """Append a message with descriptors, if not ``number`` then another whose reader gets that one."""
+        _, _, kinds = self._parse(*self._entries(number, number + 1))
+        if self._carriers:
+            check_room(self._carriers[0], len(kinds))
+        found, fds = self._unload()
+        body, copies, kinds = self._parse(*self._entries(found, found + 1))
+        if len(kinds) > MAX_IN_PACKET and len(fds) == 1:
+            inner = Descriptors(fds)
+            fds = unload(fds[0], len(kinds))
+            inner.close()
+        into.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
 
-    def _unread_plain(self) -> None:
-        """Undo ``read``, so that the position tells all that is left. Not where it read an other one."""
-        sizes = sum(RECORD_SIZE + len(one) - PLAIN_SIZE for one in self.messages if isinstance(one, bytes))
-        count = len(self.messages)
-        nothing: deque[bytes | Parcel] = deque()
-        self._position -= sizes
-        self._unread += count
-        self.messages = nothing
+    def _entries(self, first: int, last: int) -> list[int]:
+        """The table's entries from ``first`` on to that of ``last``, with it."""
+        if not 0 <= first < last <= self._count:
+            raise ProtocolError("the last packet of a process names a message that it doesn't have")
+        data = self._table.read(self._table_at + _ENTRY.size * first, self._table_at + _ENTRY.size * (last + 1))
+        entries = [entry for (entry,) in _ENTRY.iter_unpack(data)]
+        if sorted(entries) != entries or entries[-1] >> 1 > self._table_at:
+            raise ProtocolError("the last packet of a process says wrongly where its messages begin")
+        return entries
 
-    def pop(self) -> bytes | Parcel:
-        """Take the next message out; ``read`` says what it raises."""
-        self.read(1)
-        [message] = starmap(self.messages.popleft, ((),))
-        return message
+    def _parse(self, entry: int, following: int) -> tuple[bytes, list[bytearray], bytes]:
+        """A message that begins and ends there: body, buffers, kinds of its handles."""
+        data = self._records.read(entry >> 1, following >> 1)
+        if len(data) >= RECORD_SIZE:
+            found = parse_record(data[:RECORD_SIZE])
+            start = RECORD_SIZE + found.table_size
+            if start <= len(data):
+                sizes, kinds = found.parse_table(data[RECORD_SIZE:start])
+                if start + found.body_size + sum(sizes) == len(data):
+                    body, *buffers = (data[where] for where in slices(start, (found.body_size, *sizes)))
+                    return body, [bytearray(buffer) for buffer in buffers], kinds
+        raise ProtocolError("the last packet of a process ends in the middle of a message")
 
-    def forward(self, sock: socket.socket) -> None:
-        """Send messages as packets of their own, as many as the kernel takes now and nothing special is about."""
-        while self._unread or self.messages:
-            if not self.messages and not self._read_plain(_MOST_READ):
-                return
-            while self.messages:
-                frame = self.messages[0]
-                if not isinstance(frame, bytes):
-                    return
-                try:
-                    [_] = map(sock.send, (frame,), (SEND_FLAGS,))
-                except BlockingIOError:
-                    return
-                del self.messages[0]
-
-    def _parse(self) -> tuple[bytes, list[bytes], bytes, int]:
-        """The next message: body, buffers, kinds of its handles, and where the one behind it begins."""
-        found = parse_record(self._read(0, RECORD_SIZE))
-        start = RECORD_SIZE + found.table_size
-        sizes, kinds = found.parse_table(self._read(RECORD_SIZE, found.table_size))
-        stretch = self._read(start, found.body_size + sum(sizes))
-        body, *buffers = (stretch[where] for where in slices(0, (found.body_size, *sizes)))
-        return body, buffers, kinds, self._position + start + len(stretch)
-
-    def _read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes of the segment, ``offset`` behind the position. Read, not mapped: most are small."""
-        start = self._position + offset - self._chunk_start
-        if not 0 <= start <= start + size <= len(self._chunk):
-            self._chunk_start = self._position + offset
-            if self._chunk_start + size > self._size:
-                raise ProtocolError("the last packet of a process ends in the middle of a message")
-            self._chunk = _read_at(self._segment_fd, self._chunk_start, max(size, _CHUNK))
-            start = 0
-        if len(self._chunk) < start + size:
-            raise ProtocolError("the last packet of a process ends in the middle of a message")
-        return self._chunk[start : start + size]
-
-    def _unload(self, count: int) -> list[int]:
-        """The next message's descriptors. ``OSError`` where this process has no room; they are still there then."""
-        while self._carriers:
-            check_room(self._carriers[0], count)
+    def _unload(self) -> tuple[int, list[int]]:
+        """The descriptors that are next, and which message's they are."""
+        box: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
+        try:
             try:
-                return unload(self._carriers[0], count)
-            except ProtocolError:
-                # Empty. Each message's are in one carrier.
-                os.close(self._carriers.pop(0))
-        raise ProtocolError("the last packet of a process brings too few descriptors")
+                box.extend(starmap(self._boxes.popleft, ((),)))
+            except IndexError:
+                for carrier in self._carriers:
+                    if _receive(carrier, box):
+                        break
+            if not box or len(box[0][0]) != _NUMBER.size:
+                raise ProtocolError("the last packet of a process brings too few descriptors")
+            if box[0][2] & socket.MSG_CTRUNC:
+                for fd in descriptors_in(box[0][1]):
+                    os.close(fd)
+                box.clear()
+                raise too_many()
+            fds = descriptors_in(box[0][1])
+            return _NUMBER.unpack(box[0][0])[0], fds
+        except BaseException:
+            self._boxes.extend(box)
+            raise
 
     def send_last(self, sock: socket.socket) -> None:
-        """Send what is left as one packet, past the socket's usual limit.
+        """Send this as one packet, past the socket's usual limit. It stays this process's, too.
 
-        Raises ``BlockingIOError`` where even the raised limit is reached; the spill is whole then.
+        Raises ``BlockingIOError`` where even the raised limit is reached.
         """
-        self._unread_plain()
         kinds = bytes([HandleKind.FILE] * len(self._carriers))
-        frame = head(FrameKind.SPILL, SEGMENT_FLAG, kinds, (self._position, self._unread), self._size)
+        frame = head(FrameKind.SPILL, SEGMENT_FLAG, kinds, (self._table_at, self._count), self._size)
         try:
             for raised in _RAISED:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, raised)
                 try:
-                    send_rights(sock, [frame], [self._segment_fd, *self._carriers])
+                    send_rights(sock, [frame], [self._fd, *self._carriers])
                     return
                 except BlockingIOError:
                     # Or another process has lowered it meanwhile.
@@ -196,21 +248,63 @@ class Spill:
         raise BlockingIOError(errno.EAGAIN, "not even the last packet has room")
 
     def close(self) -> None:
-        self._unread = 0
         while self.messages:
             message = self.messages.popleft()
             if isinstance(message, Parcel):
                 message.close()
-        if self._segment_fd >= 0:
-            segment_fd, self._segment_fd = self._segment_fd, -1
-            os.close(segment_fd)
-        carriers, self._carriers = self._carriers, []
-        for fd in carriers:
+        while self._boxes:
+            for fd in descriptors_in(self._boxes.popleft()[1]):
+                os.close(fd)
+        self._returned.clear()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
             os.close(fd)
+        carriers, self._carriers = self._carriers, []
+        for carrier in carriers:
+            os.close(carrier)
 
     def __del__(self) -> None:
-        if getattr(self, "_segment_fd", -1) >= 0:
+        if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+def _receive(carrier: int, box: list[Any]) -> bool:
+    """Receive a packet out of a carrier into ``box``; False where there is none."""
+    try:
+        sock = socket.socket(fileno=carrier)
+    except OSError as error:
+        raise ProtocolError("the last packet of a process brings something else as a carrier") from error
+    try:
+        box.extend(starmap(sock.recvmsg, (_UNLOAD,)))
+    except BlockingIOError:
+        return False
+    finally:
+        sock.detach()
+    return True
+
+
+class _Window:
+    """Reads stretches of a file, mostly each a bit further on, with few system calls."""
+
+    __slots__ = ("_fd", "_held", "_size")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd = fd
+        self._size = size
+        #: Where what was read begins, and what it is. Replaced at one go: several threads may be reading.
+        self._held = (0, b"")
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from ``start`` to before ``end``. ``ProtocolError`` where there are fewer."""
+        at, data = self._held
+        if not at <= start <= end <= at + len(data):
+            if end <= self._size:
+                data = _read_at(self._fd, start, max(end - start, min(_AHEAD, self._size - start)))
+            if start + len(data) < end or end > self._size:
+                raise ProtocolError("the last packet of a process is shorter than it says")
+            at = start
+            self._held = (at, data)
+        return data[start - at : end - at]
 
 
 def _read_at(fd: int, position: int, size: int) -> bytes:
@@ -231,28 +325,30 @@ def lower_limit(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
 
 
-def _load_all(loads: Sequence[Sequence[int]]) -> list[int]:
-    """Carriers with every one of ``loads``, in order, each of them in a single carrier."""
-    carriers: list[int] = []
+def _load_all(loads: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+    """Carriers with every one of ``loads``, in order, each as one packet with the message's number."""
+    carriers = Descriptors([])
     current: Carrier | None = None
     try:
-        for fds in loads:
-            if len(fds) <= MAX_IN_PACKET and current is not None and current.add(fds):
-                continue
-            if current is not None:
-                carriers.append(current.detach())
+        for number, fds in loads:
+            # More than a packet takes go in a carrier of their own, inside.
+            nested = load(fds) if len(fds) > MAX_IN_PACKET else None
+            if nested is not None:
+                fds = [nested.fileno()]
+            while True:
+                if current is None:
+                    current = Carrier()
+                if current.add(fds, _NUMBER.pack(number)):
+                    break
+                carriers.fds.append(current.detach())
                 current = None
-            if len(fds) > MAX_IN_PACKET:
-                carriers.append(load(fds).detach())
-            else:
-                current = Carrier()
-                current.add(fds)
+            if nested is not None:
+                nested.close()
         if current is not None:
-            carriers.append(current.detach())
-    except BaseException:
-        for fd in carriers:
-            os.close(fd)
+            carriers.fds.append(current.detach())
+            current = None
+    finally:
         if current is not None:
             current.close()
-        raise
-    return carriers
+    made, carriers.fds = carriers.fds, []
+    return made

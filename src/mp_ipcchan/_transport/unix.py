@@ -44,6 +44,7 @@ WAITING = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC)),)
 AT_ONCE = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)),)
 #: Looks at the descriptors of the next packet, and leaves it there.
 PEEK = (1, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT | socket.MSG_PEEK))
+PEEK_ALL = ((PACKET_SIZE, _SPACE, PEEK[2]),)
 #: Flags of a packet that did not arrive whole.
 CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
@@ -159,8 +160,8 @@ def open_packet(packet: Packet, opened: deque[Opened], spent: list[int]) -> None
     elif frame.kind is FrameKind.SHUT:
         opened.append(ShutMark())
     elif frame.kind is FrameKind.SPILL:
-        position, left = frame.lengths
-        make = partial(Spill, fds[0], frame.body_size, position, left)
+        table, count = frame.lengths
+        make = partial(Spill, fds[0], frame.body_size, table, count)
         opened.extend(map(make, (fds[1:],)))
     else:
         _open_envelope(frame, data, fds, opened, spent)
