@@ -78,52 +78,41 @@ class Ends:
                 if isinstance(error, BlockingIOError):
                     raise
                 raise EOFError("no process can put anything into this queue any more") from None
-            # Asked without a call: a signal's handler that raises here would lose the message.
-            if found.__class__ is Spill:
-                self._put_in_front(found)
-            elif found.__class__ is not bytes or waiting or not self._step_back(found):
-                return found  # type: ignore[return-value]
-
-    def _step_back(self, frame: bytes) -> bool:
-        """Put a message into the front lane if it came while this process waited, and another put older ones there.
-
-        False where it is this process's to deliver. Messages with descriptors are not put back: those keep their
-        order only while one process reads.
-        """
-        sent: list[None] = []
-        try:
-            if self.ledger and self.ledger.detour and not self.writer.closed:
-                front = self.writer._link.front
-                assert front
-                spill = Spill.of([frame])
-                sent.extend(map(spill.send_last, (front.sock,)))
-                spill.close()
-        except BaseException as error:
-            if isinstance(error, OSError) and not sent and not raised_by_handler(error):
-                # There is no room.
-                return False
+            sent: list[None] = []
+            # Into it without a call: a signal's handler that raised there would lose what was found.
+            try:
+                if found.__class__ is Spill:
+                    self._put_in_front(found, sent)
+                elif found.__class__ is bytes and not waiting and self.ledger and self.ledger.detour:
+                    # Slept, and woken by what is newer than something that another has put in front meanwhile.
+                    # (What has descriptors keeps its order only while one process reads.)
+                    self._put_in_front(Spill.of([found]), sent)
+            except BaseException:
+                if not sent:
+                    inlet.put_back(found)  # type: ignore[arg-type]
+                raise
             if not sent:
-                self.reader._link.inlet.put_back(frame)
-            raise
-        return bool(sent)
+                if found.__class__ is not Spill:
+                    return found  # type: ignore[return-value]
+                inlet.put_back(found)
 
-    def _put_in_front(self, spill: Spill) -> None:
-        """Let everybody read what a process left behind. Where there is no room for that, this process reads it all.
+    def _put_in_front(self, spill: Spill, sent: list[None]) -> None:
+        """Let everybody read what a process left behind. ``sent`` stays empty where there is no room for that.
 
-        The one instant at which a reader that is killed takes all of it along.
+        A reader that is killed between receiving it and this takes all of it along.
         """
-        sent: list[None] = []
+        if self.writer.closed:
+            return
+        front = self.writer._link.front
+        assert front
         try:
-            if not self.writer.closed:
-                front = self.writer._link.front
-                assert front
-                sent.extend(map(spill.send_last, (front.sock,)))
-                self._note(True)
-        except OSError:
-            pass
-        finally:
-            if not sent:
-                self.reader._link.inlet.put_back(spill)
+            sent.extend(map(spill.send_last, (front.sock,)))
+        except OSError as error:
+            if raised_by_handler(error):
+                raise
+            return
+        self._note(True)
+        spill.close()
 
     def _note(self, detour: bool) -> None:
         self.reader._link.inlet.detour = detour
@@ -188,9 +177,16 @@ class Ends:
         except (BlockingIOError, EndOfStream):
             # Another process was faster.
             return
-        if isinstance(found, Spill) and found.left:
-            # Much faster: this is the next one.
-            self._put_in_front(found)
+        sent: list[None] = []
+        try:
+            if found.__class__ is Spill and found.left:
+                # Much faster: this is the next one.
+                self._put_in_front(found, sent)
+            else:
+                sent = [None]
+        finally:
+            if not sent:
+                link.inlet.put_back(found)  # type: ignore[arg-type]
 
     def send_shut(self) -> None:
         """Tell a reader that the queue was shut down. On a full socket nobody waits to hear it."""

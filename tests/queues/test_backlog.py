@@ -141,12 +141,13 @@ def test_reader_that_slept_through_the_end_of_a_child(
     tx, rx = channel()
     readers = []
 
-    def put_in_front_late(ends: Ends, spill: Any) -> None:
+    def put_in_front_late(*args: Any) -> None:
+        monkeypatch.undo()
         readers.append(crew.start(_announce_and_take, queue, used, tx, results))
         tx.close()
         rx.recv(LIMIT)
         until(partial(is_asleep, readers[0]))
-        put_in_front(ends, spill)
+        put_in_front(*args)
 
     with rx:
         crew.finish(crew.start(put_all, queue, range(count)))
@@ -154,7 +155,6 @@ def test_reader_that_slept_through_the_end_of_a_child(
         got = []
         while not readers:
             got.append(take(queue))
-        monkeypatch.undo()
         queue.put(STOP)
         crew.finish(*readers)
         other = take(results)

@@ -323,25 +323,35 @@ def test_interrupted_recv_into_loses_nothing(interrupter: Interrupter) -> None:
 
 
 @needs_returns_unwatched
-def test_interrupted_get_keeps_the_bound(interrupter: Interrupter) -> None:
-    """However often ``get`` is interrupted, each message gives its slot back once."""
-    bound = 50
+@pytest.mark.parametrize("bound", [50, 0])
+def test_interrupted_get_loses_nothing_and_keeps_the_bound(interrupter: Interrupter, bound: int) -> None:
+    """However often ``get`` is interrupted, each message comes once, and gives its slot back once."""
     with closing(Queue[int](bound)) as queue:
         end = time.monotonic() + LONG
         while time.monotonic() < end:
-            with pytest.raises(stdlib.Full):
-                while True:
-                    queue.put_nowait(1)
-            assert queue.qsize() == bound
-            for get in (queue.get_nowait, partial(queue.get_many, 7)):
-                interrupter.interrupt(partial(_call_until_empty, get, queue), 2e-4)
+            for number in range(50):
+                queue.put_nowait(number)
+            assert queue.qsize() == 50
+            assert queue.full() == bool(bound)
+            got: list[int] = []
+            for get in (_get_some, _get_many):
+                interrupter.interrupt(partial(get, queue, got), 2e-4)
             while not queue.empty():
-                queue.get(timeout=LIMIT)
+                got.append(queue.get(timeout=LIMIT))
+            assert got == list(range(50))
 
 
-def _call_until_empty(get: Callable[[], object], queue: Queue[int]) -> None:
-    while not queue.empty():
-        get()
+def _get_some(queue: Queue[int], got: list[int]) -> None:
+    for _ in range(10):
+        # No call comes between: what was returned is in the list.
+        number = queue.get_nowait()
+        got += (number,)
+
+
+def _get_many(queue: Queue[int], got: list[int]) -> None:
+    for _ in range(3):
+        numbers = queue.get_many(7)
+        got += numbers
 
 
 class Undecodable:

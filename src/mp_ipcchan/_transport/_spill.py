@@ -69,11 +69,9 @@ class Spill:
     )
 
     def __init__(self, fd: int, size: int, table: int, count: int, carriers: list[int]) -> None:
-        self._fd = fd
         self._size = size
         self._table_at = table
         self._count = count
-        self._carriers = carriers
         self._records = _Window(fd, table)
         self._table = _Window(fd, size)
         #: Claimed in this process, from the first to before the last, and not read after all.
@@ -84,6 +82,9 @@ class Spill:
         self.drained: bool = not count
         #: Read, and not yet taken by the process that has this spill to itself.
         self.messages: deque[Incoming] = deque()
+        # Behind all calls: a signal's handler that comes before finds the descriptors its packet's still.
+        self._fd = fd
+        self._carriers = carriers
 
     @property
     def left(self) -> int:
