@@ -63,9 +63,9 @@ class _Submits(Executor):
         """The results of ``fn`` for each call, in order, as the builtin ``map``.
 
         The input is read as results are taken, a bounded number of calls ahead, so it may be endless.
-        ``timeout``: seconds from now, for each result; ``TimeoutError`` then. ``chunksize``: calls that go to a
-        worker as one task; by default what takes about two milliseconds. ``buffersize``: the most calls that are
-        on their way or done and not taken.
+        ``timeout``: seconds from now, for each result; ``concurrent.futures.TimeoutError`` then. ``chunksize``: calls
+        that go to a worker as one task; by default what takes about two milliseconds. ``buffersize``: the most
+        calls that are on their way or done and not taken.
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
