@@ -10,9 +10,11 @@ Modules import only from those above them in this list:
     errors                                          what can go wrong
     _deadline, _message, _segment                   timeouts; messages and their descriptors; shared memory
     _transport/                                     packets and descriptors over the kernel's sockets
-    _codec                                          objects to messages and back
+    _codec, _typed_codec                            objects to messages and back: pickle, or checked against a type
     _drainer, _outlet, _inlet, _link                one socket's two halves, shared by all handles on it
-    _fd, _endpoint, _sender, _receiver, _channel    Fd, Sender and Receiver: codec and transport meet
+    _mapping, _shared_memory                        SharedMemory
+    _fd, _endpoint, _sender, _receiver, _channel,
+    _typed_fields                                   Fd, Sender and Receiver: codec and transport meet
     _connection, _counter, _ledger, _books,
     _ends, _queue, _queue_travel                    pipes and queues
     _rendezvous                                     names for processes that don't know each other
@@ -24,7 +26,7 @@ Modules import only from those above them in this list:
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _reduction  # noqa: F401  (registers our types with the stdlib's pickling)
+from . import _reduction, _typed_fields  # noqa: F401  (they register our types: with the stdlib's pickling, and ours)
 from ._channel import bytes_channel, channel
 from ._connection import Connection, Pipe
 from ._context import install, uninstall
@@ -33,6 +35,7 @@ from ._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
 from ._rendezvous import OneShotServer, connect
 from ._sender import BytesSender, Sender
+from ._shared_memory import SharedMemory
 from .errors import (
     Disconnected,
     Empty,
@@ -83,6 +86,7 @@ __all__ = [
     "ReceiverGone",
     "Sender",
     "SerializationError",
+    "SharedMemory",
     "ShutDown",
     "SimpleQueue",
     "TaskTimeoutError",

@@ -7,19 +7,42 @@ it meanwhile; it is gone once the message has left, and restored if that fails.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 from . import _codec
 from ._link import Link, LinkHandle
-from ._message import CHANNEL_BUFFER, Handle, HandleKind, Incoming, Parcel
+from ._message import CHANNEL_BUFFER, Descriptors, Handle, HandleKind, Incoming, Parcel
 from ._receiver import BytesReceiver, Receiver, ReceiverBase
 from ._sender import BytesSender, Sender, SenderBase
+from ._transport.unix import close_all
+from ._typed_codec import MAX_SIZE, TypedCodec, codec_of
+from .errors import ProtocolError
+
+T = TypeVar("T")
 
 
-def channel() -> tuple[Sender[Any], Receiver[Any]]:
-    """A new channel: ``(sender, receiver)``. Raises ``OSError`` where no descriptors are left."""
+@overload
+def channel(type: None = None) -> tuple[Sender[Any], Receiver[Any]]: ...
+@overload
+def channel(type: type[T], *, max_size: int = MAX_SIZE) -> tuple[Sender[T], Receiver[T]]: ...
+@overload
+def channel(type: Any, *, max_size: int = MAX_SIZE) -> tuple[Sender[Any], Receiver[Any]]: ...
+def channel(type: Any = None, *, max_size: int = MAX_SIZE) -> tuple[Sender[Any], Receiver[Any]]:  # noqa: A002
+    """A new channel: ``(sender, receiver)``. Raises ``OSError`` where no descriptors are left.
+
+    Without a type, messages are pickles: for processes that trust each other. With one, they are
+    encoded as MessagePack and checked against it by msgspec (extra ``mp_ipcchan[msgspec]``), where they
+    are sent and where they are received; one that doesn't fit is a ``SerializationError`` and the channel
+    goes on. Fields of the type may be endpoints: ``Sender[U]`` and ``Receiver[U]`` (of a typed channel of U),
+    ``BytesSender``, ``BytesReceiver``, ``Fd``, ``SharedMemory``, and ``Sender`` and ``Receiver`` (of a channel of
+    pickles: a ``Receiver`` is for whoever trusts its senders). ``max_size`` bounds a message (bytes), so
+    that a peer can't make the receiver allocate what it likes. Raises ``TypeError`` for a type that
+    msgspec can't check, ``ImportError`` where msgspec is missing.
+    """
+    typed = None if type is None else codec_of(type, max_size)
     sending, receiving = _pair()
-    return Sender(sending), Receiver(receiving)
+    return Sender(sending, typed), Receiver(receiving, typed)
 
 
 def bytes_channel() -> tuple[BytesSender, BytesReceiver]:
@@ -38,15 +61,30 @@ _CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (Sender, BytesSen
 
 
 def _pack_sender(sender: SenderBase[Any]) -> _codec.Packed:
-    return _rebuild_sender, (type(sender).__name__,), [LinkHandle(HandleKind.SENDER, sender._open_link())]
+    handles = [LinkHandle(HandleKind.SENDER, sender._open_link())]
+    typed = sender._typed if isinstance(sender, Sender) else None
+    if typed is None:
+        return _rebuild_sender, (type(sender).__name__,), handles
+    return _rebuild_typed_sender, (typed.type, typed.max_size), handles
+
+
+def sending_link(kinds: bytes, fds: list[int]) -> Link:
+    """The link of a sender that was sent. Owns ``fds``."""
+    (fd,) = _codec.expect((HandleKind.SENDER,), kinds, fds)
+    link = Link.adopt(fd)
+    link.outlet.packs = True
+    return link
 
 
 @_codec.rebuilds
 def _rebuild_sender(name: str, kinds: bytes, fds: list[int]) -> object:
-    (fd,) = _codec.expect((HandleKind.SENDER,), kinds, fds)
-    link = Link.adopt(fd)
-    link.outlet.packs = True
-    return _CLASSES[name](link)
+    return _CLASSES[name](sending_link(kinds, fds))
+
+
+@_codec.rebuilds
+def _rebuild_typed_sender(of: Any, max_size: int, kinds: bytes, fds: list[int]) -> object:
+    typed = _codec_or_close(of, max_size, fds)
+    return Sender(sending_link(kinds, fds), typed)
 
 
 class _MovingHandle:
@@ -92,6 +130,15 @@ class _ParcelHandle:
 
 
 def pack_receiver(receiver: ReceiverBase[Any]) -> _codec.Packed:
+    waiting, handles = detach(receiver)
+    typed = receiver._typed if isinstance(receiver, Receiver) else None
+    if typed is None:
+        return _rebuild_receiver, (type(receiver).__name__, waiting), handles
+    return _rebuild_typed_receiver, (typed.type, typed.max_size, waiting), handles
+
+
+def detach(receiver: ReceiverBase[Any]) -> tuple[list[object], list[Handle]]:
+    """Claim a receiver for a message: what waits in it, as plain objects, and the descriptors of it all."""
     link = receiver._claim()
     waiting: list[Incoming] = []
     handles: list[Handle] = [_MovingHandle(receiver, link, waiting)]
@@ -109,24 +156,49 @@ def pack_receiver(receiver: ReceiverBase[Any]) -> _codec.Packed:
     except BaseException:
         handles[0].unsent()
         raise
-    return _rebuild_receiver, (type(receiver).__name__, described), handles
+    return described, handles
 
 
-@_codec.rebuilds
-def _rebuild_receiver(name: str, waiting: list[Any], kinds: bytes, fds: list[int]) -> object:
+def attach(
+    make: Callable[[Link], ReceiverBase[Any]], waiting: Sequence[Any], kinds: bytes, fds: list[int]
+) -> ReceiverBase[Any]:
+    """The receiver that was detached. Owns ``fds``; ``ProtocolError`` where they are not what ``waiting`` says."""
     _codec.expect((HandleKind.RECEIVER, *kinds[1:]), kinds, fds)
-    receiver = _CLASSES[name](Link.adopt(fds[0]))
+    own = b"".join(one[2] for one in waiting if not isinstance(one, bytes))
+    if own != kinds[1:]:
+        close_all(fds)
+        raise ProtocolError("a receiver was sent with other descriptors than the messages in it have")
+    of_messages = Descriptors(fds[1:])
+    receiver = make(Link.adopt(fds[0]))
     messages: list[Incoming] = []
-    at = 1
     for described in waiting:
         if isinstance(described, bytes):
             messages.append(described)
         else:
             body, buffers, of = described
-            messages.append(Parcel(body, [bytearray(one) for one in buffers], of, fds[at : at + len(of)]))
-            at += len(of)
+            taken, of_messages.fds = of_messages.fds[: len(of)], of_messages.fds[len(of) :]
+            messages.append(Parcel(body, [bytearray(one) for one in buffers], of, taken))
     receiver._open_link().inlet.put_back(*messages)
     return receiver
+
+
+@_codec.rebuilds
+def _rebuild_receiver(name: str, waiting: list[Any], kinds: bytes, fds: list[int]) -> object:
+    return attach(_CLASSES[name], waiting, kinds, fds)
+
+
+@_codec.rebuilds
+def _rebuild_typed_receiver(of: Any, max_size: int, waiting: list[Any], kinds: bytes, fds: list[int]) -> object:
+    typed = _codec_or_close(of, max_size, fds)
+    return attach(lambda link: Receiver(link, typed), waiting, kinds, fds)
+
+
+def _codec_or_close(of: Any, max_size: int, fds: list[int]) -> TypedCodec:
+    try:
+        return codec_of(of, max_size)
+    except BaseException:
+        close_all(fds)
+        raise
 
 
 _codec.register(Sender, _pack_sender)

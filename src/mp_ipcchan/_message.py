@@ -44,6 +44,7 @@ class HandleKind(enum.IntEnum):
     FILE = 4
     LEDGER = 5
     EVENT = 6
+    MEMORY = 7
 
 
 #: The same numbers as a set of bytes, to check a received table at one go.

@@ -57,6 +57,7 @@ class Outlet:
         "delivered",
         "lock",
         "packs",
+        "recycles",
         "send_raw",
     )
 
@@ -81,6 +82,8 @@ class Outlet:
         self._refusal = 0
         #: Whether the reader understands packed messages (a Receiver does).
         self.packs: bool = False
+        #: Whether segments may be used again once their reader seems done. Never where the reader isn't trusted.
+        self.recycles: bool = True
         #: Called with the number of messages that have left the backlog, sent or dropped.
         self.delivered: Callable[[int], None] | None = None
         #: Held while the backlog changes. Reentrant: a signal's handler may send, too.

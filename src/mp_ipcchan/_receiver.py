@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import operator
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Generic, NoReturn, TypeVar, final
 
 from typing_extensions import Self
 
+from . import _codec
 from ._deadline import deadline_in, remaining
 from ._delivery import Delivery
 from ._endpoint import Endpoint
 from ._inlet import EndOfStream, Inlet, ShutMark
 from ._link import Link
 from ._message import PLAIN_SIZE, Incoming, Parcel
+from ._typed_codec import TypedCodec
 from .errors import Disconnected, Empty, ProtocolError, SerializationError
 
 T_co = TypeVar("T_co", covariant=True)
@@ -139,7 +142,16 @@ class Receiver(ReceiverBase[T_co]):
     One thread receives at a time; others wait for their turn.
     """
 
-    __slots__ = ()
+    __slots__ = ("_decoder", "_loads", "_typed")
+
+    def __init__(self, link: Link, typed: TypedCodec | None = None) -> None:
+        super().__init__(link)
+        #: Of a typed channel, what decodes its messages; else they are pickles.
+        self._typed = typed
+        if typed is None:
+            self._loads, self._decoder = pickle.loads, _codec.decoder
+        else:
+            self._loads, self._decoder = typed.loads, typed.decoder
 
 
 @final

@@ -25,6 +25,7 @@ from ._process import Launch
 from ._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
 from ._sender import BytesSender, Sender
+from ._shared_memory import SharedMemory
 
 
 def _reduce(pack: _codec.Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
@@ -45,7 +46,18 @@ def _rebuild(rebuild: Callable[..., object], args: tuple[Any, ...], kinds: bytes
     return rebuild(*args, kinds, [token.detach() for token in tokens])
 
 
-for _cls in (Sender, BytesSender, Receiver, BytesReceiver, Connection, SimpleQueue, Queue, JoinableQueue, Fd):
+for _cls in (
+    Sender,
+    BytesSender,
+    Receiver,
+    BytesReceiver,
+    Connection,
+    SimpleQueue,
+    Queue,
+    JoinableQueue,
+    Fd,
+    SharedMemory,
+):
     ForkingPickler.register(_cls, partial(_reduce, _codec.packer(_cls)))
 
 

@@ -11,9 +11,11 @@ from . import _codec
 from ._deadline import deadline_in
 from ._endpoint import Endpoint
 from ._interrupt import raised_by_handler
+from ._link import Link
 from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
 from ._outlet import PACK_SIZE
 from ._transport.unix import SEND_FLAGS
+from ._typed_codec import TypedCodec
 from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError
 
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -110,7 +112,11 @@ class SenderBase(Endpoint, Generic[T_contra]):
 
     def clone(self) -> Self:
         """Another handle on the channel, to be closed by itself. Takes no descriptor."""
-        return type(self)(self._open_link().retain())
+        return self._on(self._open_link().retain())
+
+    def _on(self, link: Link) -> Self:
+        """A sender like this one on ``link``, which is taken over."""
+        return type(self)(link)
 
     def __copy__(self) -> Self:
         return self.clone()
@@ -120,9 +126,21 @@ class SenderBase(Endpoint, Generic[T_contra]):
 class Sender(SenderBase[T_contra]):
     """The sending end of a channel. Sent in a message, it is copied."""
 
-    __slots__ = ()
+    __slots__ = ("_encode", "_typed")
 
-    _encode = staticmethod(_codec.encode)
+    def __init__(self, link: Link, typed: TypedCodec | None = None) -> None:
+        super().__init__(link)
+        #: Of a typed channel, what encodes its messages; else they are pickles.
+        self._typed = typed
+        if typed is None:
+            self._encode = _codec.encode
+        else:
+            self._encode = typed.encode
+            # The reader may be anybody: it must not see what a segment holds next.
+            link.outlet.recycles = False
+
+    def _on(self, link: Link) -> Self:
+        return type(self)(link, self._typed)
 
     def _report(self, obj: T_contra, error: Exception) -> None:
         if not isinstance(error, (EndpointMoved, EndpointClosed)) and not raised_by_handler(error):

@@ -68,4 +68,4 @@ def test_errors_can_be_pickled(name: str) -> None:
 def test_import_brings_nothing_heavy() -> None:
     code = "import sys, mp_ipcchan; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "cloudpickle", "asyncio", "concurrent.futures.process", "ctypes"} & set(loaded)
+    assert not {"numpy", "cloudpickle", "asyncio", "concurrent.futures.process", "ctypes", "msgspec"} & set(loaded)
