@@ -99,6 +99,8 @@ class _Encoder:
 
     def _reduce(self, pack: Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
         rebuild, args, handles = pack(obj)
+        if not handles:
+            return rebuild, (*args, b"", [])
         first = len(self.handles)
         self.handles += handles
         return revive, (rebuild, args, first, len(handles))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Inlet:
         "detour",
         "front",
         "inbox",
+        "largest",
         "lock",
         "ready",
         "receiving",
@@ -80,6 +82,8 @@ class Inlet:
         self.receiving: bool = False
         #: Whether older messages may wait in the front lane of the queue that this is part of.
         self.detour: bool = False
+        #: Of an ended process, no message is read that has more bytes than this.
+        self.largest: int = sys.maxsize
         #: The reading end of that lane, and the first spill in it, once it was seen.
         self.front: socket.socket | None = None
         self.shared: Spill | None = None
@@ -192,7 +196,7 @@ class Inlet:
                 if not isinstance(spill, Spill):
                     return
                 if not spill.messages:
-                    spill.read(_MOST_READ, spill.messages)
+                    spill.read(_MOST_READ, spill.messages, self.largest)
                 if spill.messages:
                     self.ready.extendleft(starmap(spill.messages.pop, repeat((), len(spill.messages))))
                 else:

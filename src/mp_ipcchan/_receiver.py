@@ -152,6 +152,7 @@ class Receiver(ReceiverBase[T_co]):
             self._loads, self._decoder = pickle.loads, _codec.decoder
         else:
             self._loads, self._decoder = typed.loads, typed.decoder
+            link.inlet.largest = typed.max_size
 
 
 @final

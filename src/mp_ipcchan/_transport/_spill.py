@@ -16,13 +16,25 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Sequence
-from itertools import starmap
+from itertools import pairwise, starmap
 from typing import Any
 
 from .. import _segment
-from .._message import CHANNEL_BUFFER, PLAIN_SIZE, Descriptors, HandleKind, Incoming, Message, Outgoing, Parcel
+from .._message import (
+    CHANNEL_BUFFER,
+    MAX_BUFFERS,
+    MAX_HANDLES,
+    PLAIN_SIZE,
+    Descriptors,
+    HandleKind,
+    Incoming,
+    Message,
+    Outgoing,
+    Parcel,
+)
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, Carrier, check_room, descriptors_in, load, send_rights, too_many, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
@@ -34,6 +46,8 @@ _RAISED = (131072, 1 << 22, 1 << 22, 1 << 22)
 _AHEAD = 8192
 #: How much is claimed at a time (bytes, roughly) where many messages are asked for.
 _STRETCH = 1 << 17
+#: The most that there is beside a message's bytes (bytes).
+_OVERHEAD = RECORD_SIZE + MAX_HANDLES + 8 * MAX_BUFFERS
 
 #: In the table: where the message begins, times two; one more where it has descriptors.
 _ENTRY = struct.Struct("<Q")
@@ -120,12 +134,17 @@ class Spill:
         owned.fds.remove(fd)
         return cls(fd, os.fstat(fd).st_size, at, len(items), carriers)
 
-    def read(self, most: int, into: deque[Incoming]) -> None:
+    def read(self, most: int, into: deque[Incoming], largest: int = sys.maxsize) -> None:
         """Claim messages and append them to ``into``, at most ``most``; none once all are claimed.
+
+        No more than ``largest`` bytes are read for a message: who sent this may not be trusted.
 
         ``OSError`` where this process has no room for the descriptors of one; it can be read again then.
         ``ProtocolError``, and nothing left, where the segment is not as it should be.
         """
+        if self._fd < 0:
+            # It was not as it should be, so nothing is left.
+            return
         if most > 1:
             most = max(1, min(most, _STRETCH * self._count // (self._table_at + 1)))
         claimed: list[tuple[int, int]] = []
@@ -141,7 +160,7 @@ class Spill:
             if last == self._count:
                 self.drained = True
             if first < last:
-                self._read(first, min(last, first + most), into)
+                self._read(first, min(last, first + most), into, largest)
         except ProtocolError:
             self.close()
             raise
@@ -153,13 +172,18 @@ class Spill:
                 if rest < last and self._fd >= 0:
                     self._returned.appendleft((rest, last))
 
-    def _read(self, first: int, last: int, into: deque[Incoming]) -> None:
+    def _read(self, first: int, last: int, into: deque[Incoming], largest: int) -> None:
         """Append messages from ``first`` to before ``last``, in order, by C calls: plain ones, or one other."""
         entries = self._entries(first, last)
+        if max(end - start for start, end in pairwise(entries)) >> 1 > largest + _OVERHEAD:
+            raise ProtocolError(f"the last packet of a process has a message of more than {largest} bytes")
         if entries[0] & 1:
             self._read_with_descriptors(first, into)
             return
         plain = next((at for at, entry in enumerate(entries) if entry & 1), last - first)
+        # Of a stranger, a stretch may be longer than it is on average.
+        while plain > 1 and (entries[plain] - entries[0]) >> 1 > max(largest, _STRETCH):
+            plain //= 2
         frames, _ = plain_records(self._records.read(entries[0] >> 1, entries[plain] >> 1), plain)
         if frames:
             into.extend(frames)
