@@ -12,7 +12,7 @@ Modules import only from those above them in this list:
     _transport/                                     packets and descriptors over the kernel's sockets
     _codec, _typed_codec                            objects to messages and back: pickle, or checked against a type
     _drainer, _outlet, _inlet, _link                one socket's two halves, shared by all handles on it
-    _mapping, _shared_memory                        SharedMemory
+    _memory, _shared_memory                         SharedMemory
     _fd, _endpoint, _sender, _receiver, _channel,
     _typed_fields                                   Fd, Sender and Receiver: codec and transport meet
     _connection, _counter, _ledger, _books,

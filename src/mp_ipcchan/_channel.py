@@ -169,7 +169,11 @@ def attach(
         close_all(fds)
         raise ProtocolError("a receiver was sent with other descriptors than the messages in it have")
     of_messages = Descriptors(fds[1:])
-    receiver = make(Link.adopt(fds[0]))
+    try:
+        receiver = make(Link.adopt(fds[0]))
+    except BaseException:
+        of_messages.close()
+        raise
     messages: list[Incoming] = []
     for described in waiting:
         if isinstance(described, bytes):

@@ -16,12 +16,12 @@ import math
 import os
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from typing_extensions import Self
 
 from . import _codec, _segment
-from ._mapping import map_shared
+from ._memory import map_shared
 from ._message import Buffer, Handle, HandleKind
 from .errors import EndpointClosed, EndpointMoved, ProtocolError
 
@@ -76,7 +76,7 @@ class _Region:
         """The pages, writable; mapped when they are first asked for."""
         view = self._view
         if view is None:
-            view = self._view = map_shared(self._fd, self.size)
+            view = self._view = memoryview(map_shared(self._fd, self.size))
         return view
 
     def fileno(self) -> int:
@@ -290,7 +290,7 @@ class SharedMemory:
         return NotImplemented
 
     # Its content changes.
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None]  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         region = self._region

@@ -82,8 +82,8 @@ class TypedCodec:
         if max_size < 1:
             raise ValueError(f"max_size must be at least 1, not {max_size}")
         msgspec = _import_msgspec()
-        self.type = type
-        self.max_size = max_size
+        self.type: Any = type
+        self.max_size: int = max_size
         carries = _check_expressible(msgspec, type)
         #: What stands in the type: each field as it was declared, with its class and argument.
         self._declared: dict[Any, tuple[Field, TypedCodec | None]] = {}
@@ -109,7 +109,10 @@ class TypedCodec:
         return _message(body, ())
 
     def _encode_with_handles(self, obj: Any) -> Outgoing:
-        packing = self._packings.pop() if self._packings else _Packing(self)
+        try:
+            packing = self._packings.pop()
+        except IndexError:
+            packing = _Packing(self)
         try:
             body = packing.encode(obj)
             packing.check(body)
@@ -151,7 +154,10 @@ class TypedCodec:
             parcel.close()
 
     def _unpack(self, parcel: Parcel) -> Any:
-        unpacking = self._unpackings.pop() if self._unpackings else _Unpacking(self)
+        try:
+            unpacking = self._unpackings.pop()
+        except IndexError:
+            unpacking = _Unpacking(self)
         try:
             obj = unpacking.decode(parcel)
         except BaseException:

@@ -30,7 +30,7 @@ from mp_ipcchan import (
 )
 from mp_ipcchan._message import INLINE_SIZE, PLAIN, HandleKind
 from mp_ipcchan._segment import create_blank
-from mp_ipcchan._transport._frame import SEGMENT_FLAG, FrameKind, head, pack, record
+from mp_ipcchan._transport._frame import CARRIER_FLAG, SEGMENT_FLAG, FrameKind, head, pack, record
 from mp_ipcchan._typed_codec import codec_of
 
 from ..conformance._support import LIMIT, MIB, open_descriptors
@@ -270,6 +270,7 @@ LIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "a receiver of large frames": ({"receiver": place(0, 0, 1, [PLAIN + bytes(65536)])}, [RECEIVER]),
     "a receiver of buffers": ({"receiver": place(0, 0, 1, [(b"", [b""] * 1025, b"")])}, [RECEIVER]),
     "a receiver of kinds": ({"receiver": place(0, 0, 2, [(b"", [], b"\xff")])}, [RECEIVER, FILE]),
+    "a file as a receiver of messages": ({"receiver": place(0, 0, 2, [(b"", [], b"\x04")])}, [FILE, FILE]),
     "a receiver of too few": ({"receiver": place(0, 0, 2, [(b"", [], b"\x04\x04")])}, [RECEIVER, FILE]),
     "a receiver of too many": ({"receiver": place(0, 0, 2, [])}, [RECEIVER, FILE]),
 }
@@ -294,6 +295,62 @@ def test_F13_forged_places(parts: tuple[Sender[Parts], Receiver[Parts]], lie: st
             os.close(fd)
     check_refused(tx, rx)
     assert open_descriptors() == before
+
+
+def endless(kind: int) -> Iterator[int]:
+    """A socket with plenty to receive, and no descriptors in it."""
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    with one, other:
+        other.setblocking(False)
+        for _ in range(100):
+            other.send(bytes(100))
+        yield one.fileno()
+
+
+def opened(path: str) -> Iterator[int]:
+    with open(path) as file:
+        yield file.fileno()
+
+
+def unconnected() -> Iterator[int]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone:
+        yield alone.fileno()
+
+
+def crowded() -> Iterator[int]:
+    """A carrier that holds more than it should."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        socket.send_fds(other, [b"c"], [0] * 3)
+        yield one.fileno()
+
+
+CARRIERS: dict[str, Callable[[], Iterator[int]]] = {
+    "a file": lambda: opened(os.devnull),
+    "packets without descriptors": lambda: endless(socket.SOCK_SEQPACKET),
+    "a stream without descriptors": lambda: endless(socket.SOCK_STREAM),
+    "a socket without a peer": unconnected,
+    "too many": crowded,
+}
+
+
+@pytest.mark.parametrize("what", CARRIERS)
+def test_F13_forged_carriers(ends: tuple[Sender[Any], Receiver[Any]], what: str) -> None:
+    """What is passed off as a carrier, of a message's descriptors and of those that an ended process left."""
+    tx, rx = ends
+    packet = head(FrameKind.ENVELOPE, CARRIER_FLAG, bytes([SENDER, SENDER]), (), 1) + b"\x80"
+    last = record(1, (), bytes([SENDER, SENDER])) + b"\x80"
+    table = struct.pack("<2Q", 1, 2 * len(last))
+    spill = head(FrameKind.SPILL, SEGMENT_FLAG, bytes([FILE]), (len(last), 1), len(last) + len(table))
+    for carrier in CARRIERS[what]():
+        before = open_descriptors()
+        inject(tx, packet, [carrier])
+        check_refused(tx, rx)
+        segment = segment_of(last + table)
+        inject(tx, spill, [segment, carrier])
+        os.close(segment)
+        check_refused(tx, rx)
+        assert open_descriptors() == before
 
 
 def test_what_the_lies_are_measured_by(parts: tuple[Sender[Parts], Receiver[Parts]]) -> None:

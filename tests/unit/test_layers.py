@@ -11,8 +11,8 @@ PACKAGE = Path(mp_ipcchan.__file__).parent
 
 LAYERS = [
     ["errors", "_deadline", "_interrupt"],
-    ["_message"],
-    ["_segment", "_mapping", "_transport._frame", "_transport._carrier"],
+    ["_message", "_memory"],
+    ["_segment", "_transport._frame", "_transport._carrier"],
     ["_transport._spill"],
     ["_transport.unix"],
     ["_codec", "_typed_codec"],

@@ -55,25 +55,38 @@ def unload(fd: int, count: int) -> list[int]:
     open so many; nothing is left open then.
     """
     fds: list[int] = []
-    with socket.socket(fileno=os.dup(fd)) as carrier:
+    with _opened(os.dup(fd)) as carrier:
         try:
             while True:
                 if len(fds) >= count:
                     break
-                data, ancillary, flags, _ = carrier.recvmsg(16, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-                if flags & socket.MSG_CTRUNC or not data:
-                    fds += descriptors_in(ancillary)
-                    raise too_many() if data else ProtocolError("a carrier holds too few descriptors")
-                fds += descriptors_in(ancillary)
+                try:
+                    _, ancillary, flags, _ = carrier.recvmsg(16, _SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                except OSError as error:
+                    raise ProtocolError("a carrier holds too few descriptors") from error
+                brought = descriptors_in(ancillary)
+                fds += brought
+                if flags & socket.MSG_CTRUNC:
+                    raise too_many()
+                if not brought:
+                    # Its end; or a stranger, who might go on for ever.
+                    raise ProtocolError("a carrier holds too few descriptors")
             if len(fds) != count:
                 raise ProtocolError(f"a carrier holds {len(fds)} descriptors where {count} were announced")
-        except BaseException as error:
+        except BaseException:
             for got in fds:
                 os.close(got)
-            if isinstance(error, BlockingIOError):
-                raise ProtocolError("a carrier holds too few descriptors") from None
             raise
     return fds
+
+
+def _opened(fd: int) -> socket.socket:
+    """The socket that ``fd`` is, which is taken over. ``ProtocolError`` where it isn't one."""
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        os.close(fd)
+        raise ProtocolError("a message names a carrier, but its descriptor is something else") from error
 
 
 def check_room(fd: int, count: int) -> None:

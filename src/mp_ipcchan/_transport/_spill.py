@@ -202,6 +202,9 @@ class Spill:
             inner = Descriptors(fds)
             fds = unload(fds[0], len(kinds))
             inner.close()
+        if len(fds) != len(kinds):
+            Descriptors(fds).close()
+            raise ProtocolError(f"a message has {len(kinds)} descriptors, and the last packet of a process {len(fds)}")
         into.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
 
     def _entries(self, first: int, last: int) -> list[int]:
@@ -303,6 +306,10 @@ def _receive(carrier: int, box: list[Any]) -> bool:
         box.extend(starmap(sock.recvmsg, (_UNLOAD,)))
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise ProtocolError(
+            "the last packet of a process brings a carrier that nothing can be received from"
+        ) from error
     finally:
         sock.detach()
     return True
