@@ -158,7 +158,7 @@ class SharedMemory:
 
     @classmethod
     def filled(cls, byte: int, size: int) -> Self:
-        """``size`` bytes of memory, each of them ``byte`` (0 to 255)."""
+        """``size`` bytes of memory, each of them ``byte`` (0 to 255). Raises ``OSError`` where there is no room."""
         if not 0 <= byte <= 255:
             raise ValueError(f"a byte is from 0 to 255, not {byte}")
         memory = cls.zeros(size)
@@ -170,7 +170,11 @@ class SharedMemory:
 
     @classmethod
     def zeros(cls, size: int) -> Self:
-        """``size`` bytes of zeros. They take no memory until they are written to."""
+        """``size`` bytes of zeros. They take no memory until they are written to.
+
+        Where the system has none left then, the kernel ends the process; ``filled`` and ``from_bytes``
+        raise ``OSError``, they have it all from the start.
+        """
         if size < 0:
             raise ValueError(f"a size can't be negative: {size}")
         return cls._holding(_Region.create(size))

@@ -8,14 +8,14 @@ miss, F the reference system's failures. Each test says what its row expects, an
     P01-P15, P26-P34                   test_transport
     P24, P25, X01-X06                  test_processes
     S01-S09, S14, S20-S28, S33         test_semantics
-    F1-F8, F11, F13                    test_findings (as F01 ...)
+    H20-H24, P35, P36, S32             test_shared_memory
+    F1-F8, F11, F13                    test_findings (as F01 ...); F13 of typed channels: tests.typed
 
 Not here, because what they need is tested elsewhere or yet to come:
 
     rows                               what they need
     H05-H07, P16-P23, S16-S19, F9      ReceiverSet
     H11, H12                           to_opaque
-    H20-H24, P35, P36, S32             SharedMemory
     H25, S34                           async receivers
     R01-R10, S29-S31, F10              Router
 
