@@ -16,13 +16,13 @@ import math
 import os
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, final, overload
 
-from typing_extensions import Self
+from typing_extensions import Buffer, Self
 
 from . import _codec, _segment
 from ._memory import map_shared
-from ._message import Buffer, Handle, HandleKind
+from ._message import Handle, HandleKind
 from .errors import EndpointClosed, EndpointMoved, ProtocolError
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class _RegionHandle:
     unsent = sent
 
 
+@final
 class SharedMemory:
     """Memory that processes share, made by ``from_bytes``, ``filled`` or ``zeros``.
 
@@ -146,7 +147,7 @@ class SharedMemory:
 
     @classmethod
     def from_bytes(cls, buf: Buffer) -> Self:
-        """Memory with a copy of the bytes of ``buf``, any contiguous buffer or a strided one, in C order.
+        """Memory with a copy of the bytes of ``buf``: bytes, an array, any buffer; a strided one in C order.
 
         Raises ``OSError`` where the system has no room.
         """
@@ -194,10 +195,6 @@ class SharedMemory:
 
     def __len__(self) -> int:
         return self._open_region().size
-
-    def __bool__(self) -> bool:
-        """True, as for any handle, however large: ``len`` tells whether it is empty."""
-        return True
 
     @property
     def buf(self) -> memoryview:

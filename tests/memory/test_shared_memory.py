@@ -51,8 +51,9 @@ def test_sizes_and_items() -> None:
             memory[5]
         with pytest.raises(TypeError):
             memory.buf[0] = 1
+        assert list(memory) == list(b"hello")
         assert memory
-    assert SharedMemory.zeros(0), "a handle is true, whatever it holds"
+    assert not SharedMemory.zeros(0)
 
 
 def test_buffers_of_any_shape() -> None:

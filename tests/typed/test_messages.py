@@ -6,10 +6,12 @@ import collections
 import copy
 import dataclasses
 import enum
+import multiprocessing
 import os
 import sys
 import typing
 from collections.abc import Iterator
+from multiprocessing import resource_sharer
 from typing import Any
 
 import msgspec
@@ -490,6 +492,11 @@ def serve_from(queue: Any) -> None:
     serve(queue.get())
 
 
+def serve_one_from(queue: Any) -> None:
+    request = queue.get().recv(LIMIT)
+    request.reply.send(Person(request.text.upper(), len(request.text)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_process_arguments(method: str) -> None:
     """A typed receiver passed to a process stays typed there."""
@@ -528,6 +535,22 @@ def test_through_channels_of_pickles_and_queues() -> None:
         reply_tx.close()
         reply_rx.close()
     queue.close()
+
+
+def test_through_the_stdlib() -> None:
+    """The stdlib's own Queue takes typed endpoints along, too."""
+    stock = multiprocessing.get_context("fork")
+    queue = stock.Queue()
+    tx, rx = channel(Request)
+    reply_tx, reply_rx = channel(Person)
+    with reply_rx:
+        with started(stock, serve_one_from, queue), tx, reply_tx:
+            queue.put(rx)
+            tx.send(Request("s", reply_tx))
+            assert reply_rx.recv(LIMIT) == Person("S", 1)
+    queue.close()
+    queue.join_thread()
+    resource_sharer.stop(LIMIT)
 
 
 def test_a_type_that_can_not_be_unpickled_there() -> None:

@@ -144,6 +144,7 @@ class Spill:
         """
         if self._fd < 0:
             # It was not as it should be, so nothing is left.
+            self.drained = True
             return
         if most > 1:
             most = max(1, min(most, _STRETCH * self._count // (self._table_at + 1)))
