@@ -43,6 +43,10 @@ MakePair: TypeAlias = Callable[[], tuple[AnySender, AnyReceiver]]
 
 #: For the rows at the level of bytes: on a channel of bytes, and on one of objects.
 both_kinds = pytest.mark.parametrize("make_pair", [bytes_channel, channel], ids=["bytes", "typed"])
+#: And on one whose messages are checked against a type.
+all_kinds = pytest.mark.parametrize(
+    "make_pair", [bytes_channel, channel, lambda: channel(bytes)], ids=["bytes", "typed", "checked"]
+)
 
 
 def pattern(size: int) -> bytes:

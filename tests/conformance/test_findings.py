@@ -42,9 +42,9 @@ from ._support import (
     F,
     InThread,
     MakePair,
+    all_kinds,
     attempts,
     bare_fork,
-    both_kinds,
     calling_often,
     open_descriptors,
     pattern,
@@ -55,7 +55,7 @@ from ._support import (
 # -- F1, F2: a peer that dies in the middle of a large message ------------------------------
 
 
-@both_kinds
+@all_kinds
 def test_F01_large_send_without_receiver(make_pair: MakePair) -> None:
     """A large send to a receiver that is gone fails, it does not hang."""
     tx, rx = make_pair()
@@ -70,7 +70,7 @@ def kill_after(child: Child, told_rx: Receiver[Any], messages: int) -> None:
     child.kill()
 
 
-@both_kinds
+@all_kinds
 def test_F01_receiver_killed_during_large_sends(make_pair: MakePair) -> None:
     """Large sends to a process that is killed meanwhile, however far it was with receiving them, fail then."""
     for received_first in range(5):
@@ -97,7 +97,7 @@ def check_next(rx: AnyReceiver, expected: bytes) -> None:
     assert rx.try_recv() == expected
 
 
-@both_kinds
+@all_kinds
 def test_F02_sender_killed_during_large_sends(make_pair: MakePair) -> None:
     """A process that is killed while it sends ends neither the channel nor a message: what comes is whole."""
     tx, rx = make_pair()
@@ -287,7 +287,7 @@ def test_F06_descriptors_cut_off(senders: int, room: int, size: int) -> None:
 # -- F7, F8: signals, and other readers -----------------------------------------------------
 
 
-@both_kinds
+@all_kinds
 @pytest.mark.parametrize(("size", "count"), [(8, 50_000), (F + 1, 1000)], ids=["small", "large"])
 def test_F07_signals_while_receiving(make_pair: MakePair, size: int, count: int) -> None:
     """Handlers that return, a thousand times a second, are not noticed by whoever receives."""
@@ -314,7 +314,7 @@ def test_F07_signals_while_receiving(make_pair: MakePair, size: int, count: int)
     assert signals
 
 
-@both_kinds
+@all_kinds
 @pytest.mark.parametrize("size", [8, F + 1], ids=["small", "large"])
 def test_F07_signals_while_sending(make_pair: MakePair, size: int) -> None:
     """Nor by whoever sends, waiting for room."""
@@ -365,7 +365,7 @@ def send_numbers(tx: AnySender, count: int) -> None:
         tx.send(number.to_bytes(2, "little"))
 
 
-@both_kinds
+@all_kinds
 def test_F08_another_process_takes_the_message(make_pair: MakePair) -> None:
     """Two processes that hold one receiver after a bare fork share what comes; a timed receive of neither hangs."""
     tx, rx = make_pair()

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from itertools import chain, starmap
 from typing import Any
@@ -41,13 +42,15 @@ from mp_ipcchan import (
 from ._support import (
     LIMIT,
     SEVEN,
+    AnyReceiver,
+    AnySender,
     F,
     InThread,
     MakePair,
     StartChild,
+    all_kinds,
     attempts,
     bare_fork,
-    both_kinds,
     calling_often,
     fork,
     open_descriptors,
@@ -431,7 +434,7 @@ def test_S06_data_that_the_kernel_had_no_room_for(start: StartChild) -> None:
                 rx.recv(LIMIT)
 
 
-@both_kinds
+@all_kinds
 def test_S07_empty_message_is_not_the_end(make_pair: MakePair) -> None:
     """Messages without a byte are received one by one, and only then the end."""
     tx, rx = make_pair()
@@ -460,7 +463,7 @@ def test_S08_ends_are_told_apart() -> None:
     assert not isinstance(broken.value, Disconnected)
 
 
-@both_kinds
+@all_kinds
 @pytest.mark.parametrize("pending", [False, True], ids=["read", "unread"])
 def test_S08_receiver_gone_whatever_the_errno(make_pair: MakePair, pending: bool) -> None:
     """The kernel says EPIPE, or first ECONNRESET where a message was unread; both are ReceiverGone, in every call."""
@@ -492,7 +495,7 @@ def test_S08_no_signal() -> None:
 # -- 9: what the kernel holds ---------------------------------------------------------------
 
 
-@both_kinds
+@all_kinds
 @pytest.mark.parametrize("size", [64, 1024, 4096, 16384, 65536, 212952])
 def test_S09_send_never_blocks(make_pair: MakePair, size: int) -> None:
     """One thread sends far more than the kernel holds, then receives it (the reference system would stop)."""
@@ -528,7 +531,7 @@ def test_S09_what_waits_is_what_was_sent() -> None:
                 assert rx.recv(LIMIT) == [expected, expected]
 
 
-@both_kinds
+@all_kinds
 def test_S09_bounded_sends(make_pair: MakePair) -> None:
     """``try_send`` and ``send(timeout=)`` raise Full where the kernel is full; what they refused never arrives."""
     tx, rx = make_pair()
@@ -568,24 +571,15 @@ def collect(box: list[Any], call: Any, *args: Any) -> None:
     box.extend(starmap(call, (args,)))
 
 
-@pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="3.10 runs handlers between any two bytecodes: see docs/architecture.md"
-)
-@interrupted
-@both_kinds
-@pytest.mark.parametrize(("size", "count"), [(8, 100_000), (F + 1, 3000)], ids=["small", "large"])
-def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, count: int) -> None:
-    """A handler that raises in the middle of receiving costs no message, doubles none, and keeps their order."""
-    tx, rx = make_pair()
-
-    def message(number: int) -> bytes:
-        return number.to_bytes(8, "little") + bytes(size - 8)
+def receive_interrupted(
+    tx: AnySender, rx: AnyReceiver, message: Callable[[int], Any], count: int, timeout: float | None
+) -> list[Any]:
+    """What arrives of ``count`` messages, where a signal's handler raises again and again in ``recv``."""
 
     def send_all() -> None:
         with tx:
             for number in range(count):
-                # Small messages may wait with the sender, which packs them then.
-                tx.send(message(number), timeout=None if size == 8 else LIMIT)
+                tx.send(message(number), timeout=timeout)
 
     received: list[Any] = []
     interrupt = Interrupter()
@@ -604,17 +598,55 @@ def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, c
                     interrupt.armed = False
                     break
         sending.result()
+    return received
+
+
+def send_interrupted(tx: AnySender, message: Callable[[int], Any], count: int) -> list[int]:
+    """The numbers of the messages whose ``send`` returned, where a signal's handler raises in it again and again."""
+    sent: list[None] = []
+    certain: list[int] = []
+    interrupt = Interrupter()
+    with tx, calling_often(interrupt):
+        for number in range(count):
+            sent.clear()
+            item = message(number)
+            try:
+                interrupt.armed = True
+                collect(sent, tx.send, item)
+                interrupt.armed = False
+            except Interrupted:
+                pass
+            if sent:
+                certain.append(number)
+    return certain
+
+
+no_promise_on_310 = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="3.10 runs handlers between any two bytecodes: see docs/architecture.md"
+)
+
+
+@no_promise_on_310
+@interrupted
+@all_kinds
+@pytest.mark.parametrize(("size", "count"), [(8, 100_000), (F + 1, 3000)], ids=["small", "large"])
+def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, count: int) -> None:
+    """A handler that raises in the middle of receiving costs no message, doubles none, and keeps their order."""
+
+    def message(number: int) -> bytes:
+        return number.to_bytes(8, "little") + bytes(size - 8)
+
+    # Small messages may wait with the sender, which packs them then.
+    received = receive_interrupted(*make_pair(), message, count, None if size == 8 else LIMIT)
     numbers = [int.from_bytes(data[:8], "little") for data in received]
     assert sorted(set(range(count)) - set(numbers)) == [], "messages were lost"
     assert numbers == list(range(count))
     assert all(data == message(number) for number, data in enumerate(received))
 
 
-@pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="3.10 runs handlers between any two bytecodes: see docs/architecture.md"
-)
+@no_promise_on_310
 @interrupted
-@both_kinds
+@all_kinds
 @pytest.mark.parametrize("batch", [1, 50])
 def test_S14_interrupted_recv_many_loses_nothing(make_pair: MakePair, batch: int) -> None:
     """The same for messages that are taken together."""
@@ -646,7 +678,7 @@ def test_S14_interrupted_recv_many_loses_nothing(make_pair: MakePair, batch: int
 
 
 @interrupted
-@both_kinds
+@all_kinds
 @pytest.mark.parametrize(("size", "count"), [(8, 100_000), (F + 1, 3000)], ids=["small", "large"])
 def test_S14_interrupted_send_doubles_nothing(make_pair: MakePair, size: int, count: int) -> None:
     """A handler that raises in the middle of sending costs at most the message being sent, and doubles none.
@@ -655,21 +687,7 @@ def test_S14_interrupted_send_doubles_nothing(make_pair: MakePair, size: int, co
     """
     tx, rx = make_pair()
     receiving = InThread(lambda: [int.from_bytes(data[:8], "little") for data in rx])
-    sent: list[None] = []
-    certain: list[int] = []
-    interrupt = Interrupter()
-    with tx, calling_often(interrupt):
-        for number in range(count):
-            sent.clear()
-            message = number.to_bytes(8, "little") + bytes(size - 8)
-            try:
-                interrupt.armed = True
-                collect(sent, tx.send, message)
-                interrupt.armed = False
-            except Interrupted:
-                pass
-            if sent:
-                certain.append(number)
+    certain = send_interrupted(tx, lambda number: number.to_bytes(8, "little") + bytes(size - 8), count)
     received = receiving.result()
     rx.close()
     assert sorted(set(certain) - set(received)) == [], "messages were lost"
@@ -695,7 +713,7 @@ def test_S14_handler_that_sends() -> None:
     assert [number for by, number in received if by == "handler"] == list(range(handled))
 
 
-@both_kinds
+@all_kinds
 def test_S14_handler_that_receives(make_pair: MakePair) -> None:
     """A handler may receive from what the main thread is just receiving from; each message goes to one of them."""
     count = 50_000

@@ -27,8 +27,8 @@ from ._support import (
     F,
     InThread,
     MakePair,
+    all_kinds,
     attempts,
-    both_kinds,
     pattern,
     repeat,
     tagged,
@@ -62,7 +62,7 @@ def check_transfer(data: bytes, senders: int, in_thread: bool) -> None:
             rx.try_recv()
 
 
-@both_kinds
+@all_kinds
 def test_P01_simple(make_pair: MakePair) -> None:
     """Seven bytes arrive equal."""
     tx, rx = make_pair()
@@ -113,7 +113,7 @@ def test_P04_multisender_transfer() -> None:
             assert rx1.recv(LIMIT) == b"one"
 
 
-@both_kinds
+@all_kinds
 def test_P05_medium_data(make_pair: MakePair) -> None:
     """What fills a packet is sent and received by one thread."""
     tx, rx = make_pair()
@@ -127,7 +127,7 @@ def test_P06_medium_data_with_sender_transfer() -> None:
     check_transfer(pattern(MEDIUM), senders=1, in_thread=False)
 
 
-@both_kinds
+@all_kinds
 def test_P07_big_data(make_pair: MakePair) -> None:
     """1 MiB, sent by another thread, arrives equal."""
     tx, rx = make_pair()
@@ -137,7 +137,7 @@ def test_P07_big_data(make_pair: MakePair) -> None:
         sending.result()
 
 
-@both_kinds
+@all_kinds
 def test_P08_huge_data(make_pair: MakePair) -> None:
     """50, 46, 49, 47 and 48 MiB, each on a channel of its own, arrive equal."""
     for size in (50 * MIB, 46 * MIB, 49 * MIB, 47 * MIB, 48 * MIB):
@@ -160,7 +160,7 @@ def test_P10_full_packet(senders: int) -> None:
     check_transfer(pattern(F), senders, in_thread=False)
 
 
-@both_kinds
+@all_kinds
 def test_P10_full_packet_alone(make_pair: MakePair) -> None:
     """Exactly F bytes, and every size by which an envelope about them could fill the packet."""
     tx, rx = make_pair()
@@ -193,7 +193,7 @@ def test_P11_overfull_packet(senders: int) -> None:
     check_transfer(pattern(F + 1), senders, in_thread=False)
 
 
-@both_kinds
+@all_kinds
 def test_P11_overfull_packet_alone(make_pair: MakePair) -> None:
     """One byte more than F, sent and received by one thread."""
     tx, rx = make_pair()
@@ -202,7 +202,7 @@ def test_P11_overfull_packet_alone(make_pair: MakePair) -> None:
         assert rx.recv(LIMIT) == pattern(F + 1)
 
 
-@both_kinds
+@all_kinds
 def test_P12_empty(make_pair: MakePair) -> None:
     """No bytes are a message, not the end."""
     tx, rx = make_pair()
@@ -256,14 +256,14 @@ def spin_try_recv(rx: AnyReceiver) -> Any:
     return None
 
 
-@both_kinds
+@all_kinds
 def test_P15_concurrent_senders(make_pair: MakePair) -> None:
     """Three threads send 1 MiB each at once; the messages arrive whole, each once, then nothing."""
     together = threading.Barrier(3)
     check_concurrent_senders(make_pair, threads=3, size=MIB, delay=lambda: together.wait(LIMIT))
 
 
-@both_kinds
+@all_kinds
 def test_P26_no_senders_notification(make_pair: MakePair) -> None:
     """Once the sender is closed, receiving raises Disconnected."""
     tx, rx = make_pair()
@@ -279,7 +279,7 @@ def send_until_it_fails(send: Callable[[bytes], object]) -> None:
     assert not isinstance(caught.value, Disconnected)
 
 
-@both_kinds
+@all_kinds
 def test_P27_no_receiver_notification(make_pair: MakePair) -> None:
     """Once the receiver is closed, sending fails, with another error than the one for no senders."""
     tx, rx = make_pair()
@@ -288,7 +288,7 @@ def test_P27_no_receiver_notification(make_pair: MakePair) -> None:
         send_until_it_fails(tx.send)
 
 
-@both_kinds
+@all_kinds
 def test_P28_no_receiver_notification_pending(make_pair: MakePair) -> None:
     """As P27 where a message was left unread; and the error stays the same, whatever the kernel calls it."""
     tx, rx = make_pair()
@@ -304,7 +304,7 @@ def close_after_42_ms(rx: AnyReceiver) -> None:
     rx.close()
 
 
-@both_kinds
+@all_kinds
 def test_P29_no_receiver_notification_delayed(make_pair: MakePair) -> None:
     """The receiver is closed while another thread sends without end: sending fails then."""
     tx, rx = make_pair()
@@ -314,7 +314,7 @@ def test_P29_no_receiver_notification_delayed(make_pair: MakePair) -> None:
         closing.result()
 
 
-@both_kinds
+@all_kinds
 def test_P29_no_receiver_notification_delayed_blocked(make_pair: MakePair) -> None:
     """The receiver is closed while another thread waits for room to send: it wakes with the error."""
     tx, rx = make_pair()
@@ -329,7 +329,7 @@ def poll_until_disconnected(rx: AnyReceiver) -> None:
         spin_try_recv(rx)
 
 
-@both_kinds
+@all_kinds
 def test_P30_no_senders_notification_try_recv(make_pair: MakePair) -> None:
     """Polling says Empty while there is a sender, and Disconnected once it is closed."""
     tx, rx = make_pair()
@@ -340,7 +340,7 @@ def test_P30_no_senders_notification_try_recv(make_pair: MakePair) -> None:
         poll_until_disconnected(rx)
 
 
-@both_kinds
+@all_kinds
 def test_P31_no_senders_notification_try_recv_delayed(make_pair: MakePair) -> None:
     """As P30, where another thread closes the sender 42 ms later."""
     tx, rx = make_pair()
@@ -357,7 +357,7 @@ def test_P31_no_senders_notification_try_recv_delayed(make_pair: MakePair) -> No
         closing.result()
 
 
-@both_kinds
+@all_kinds
 def test_P32_try_recv(make_pair: MakePair) -> None:
     """Nothing, then the data, then nothing again."""
     tx, rx = make_pair()
@@ -370,7 +370,7 @@ def test_P32_try_recv(make_pair: MakePair) -> None:
             rx.try_recv()
 
 
-@both_kinds
+@all_kinds
 def test_P33_try_recv_large(make_pair: MakePair) -> None:
     """Polling while another thread sends 1 MiB says Empty until all of it is there, and after it."""
     tx, rx = make_pair()
@@ -392,7 +392,7 @@ def work_for_50_ms() -> None:
         pass
 
 
-@both_kinds
+@all_kinds
 def test_P34_try_recv_large_delayed(make_pair: MakePair) -> None:
     """Ten threads send 512 KiB each after 50 ms of work; polling gives each whole and once, then nothing."""
     check_concurrent_senders(make_pair, threads=10, size=MIB // 2, delay=work_for_50_ms)
