@@ -198,7 +198,7 @@ def test_F13_noise(ends: tuple[Sender[Any], Receiver[Any]], size: int) -> None:
     tx, rx = ends
     noise = random.Random(size)
     with open(os.devnull) as file:
-        for turn in range(40):
+        for turn in range(20):
             data = noise.randbytes(size)
             inject(tx, data, [])
             check_refused(tx, rx)
@@ -227,7 +227,7 @@ def test_F13_each_byte_of_a_message(parts: tuple[Sender[Parts], Receiver[Parts]]
         del message
         with little_memory():
             for position in range(len(packet)):
-                for change in (1 << position % 8, 1 << (position + 5) % 8, 0xFF):
+                for change in (1 << position % 8, 0xFF):
                     forged = bytearray(packet)
                     forged[position] ^= change
                     inject(tx, bytes(forged), fds)
