@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_sharer
 from typing import Any
 
@@ -243,6 +243,65 @@ def test_types_that_refer_to_themselves() -> None:
             assert node.children[0].replies[0] is node.replies[0]
             node.replies[0].send(Node([Node()]))
             assert reply_rx.recv(LIMIT) == Node([Node()])
+
+
+T = typing.TypeVar("T")
+
+
+class Envelope(msgspec.Struct, typing.Generic[T]):
+    body: T
+    reply: Sender[T]
+
+
+@dataclasses.dataclass
+class Reply:
+    to: Sender[Person]
+
+
+class KeyedReply(typing.TypedDict):
+    to: Sender[Person]
+
+
+class NamedReply(typing.NamedTuple):
+    to: Sender[Person]
+
+
+class One(msgspec.Struct, tag=True):
+    to: Sender[Person]
+
+
+class Other(msgspec.Struct, tag=True):
+    memory: SharedMemory
+
+
+@pytest.mark.parametrize(
+    ("of", "make", "get"),
+    [
+        (Sender[Person], lambda tx: tx, lambda message: message),
+        (Sender[Person] | None, lambda tx: tx, lambda message: message),
+        (list[Sender[Person]], lambda tx: (tx, tx), lambda message: message[1]),
+        (Envelope[Person], lambda tx: Envelope(Person("a"), tx), lambda message: message.reply),
+        (Reply, Reply, lambda message: message.to),
+        (KeyedReply, lambda tx: {"to": tx}, lambda message: message["to"]),
+        (NamedReply, NamedReply, lambda message: message.to),
+        (One | Other, One, lambda message: message.to),
+    ],
+    ids=repr,
+)
+def test_where_endpoints_may_stand(of: Any, make: Callable[[Any], Any], get: Callable[[Any], Any]) -> None:
+    """As the whole message, in containers, and in fields of all classes that there are; typed wherever it stands."""
+    tx, rx = channel(of)
+    reply_tx, reply_rx = channel(Person)
+    with tx, rx, reply_tx, reply_rx:
+        tx.send(make(reply_tx))
+        received = get(rx.recv(LIMIT))
+        with received:
+            received.send(Person("there"))
+            assert reply_rx.recv(LIMIT) == Person("there")
+            with pytest.raises(SerializationError):
+                received.send("no person")
+        with pytest.raises(SerializationError):
+            tx.send(make(tx))
 
 
 @pytest.mark.parametrize(
