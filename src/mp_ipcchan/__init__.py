@@ -17,7 +17,8 @@ Modules import only from those above them in this list:
     _typed_fields                                   Fd, Sender and Receiver: codec and transport meet
     _connection, _counter, _ledger, _books,
     _ends, _queue, _queue_travel                    pipes and queues
-    _rendezvous                                     names for processes that don't know each other
+    _peer, _address, _listener, _watch, _readiness,
+    _rendezvous, _host, _server                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
     _call, _chunk, _schedule, _task, _worker,
     _engine, _executor                              the pool: who gets which task, who runs it, who hears of it
@@ -31,9 +32,10 @@ from ._channel import bytes_channel, channel
 from ._connection import Connection, Pipe
 from ._context import install, uninstall
 from ._fd import Fd
+from ._peer import Peer
 from ._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
-from ._rendezvous import OneShotServer, connect
+from ._rendezvous import connect, peer_of
 from ._sender import BytesSender, Sender
 from ._shared_memory import SharedMemory
 from .errors import (
@@ -51,14 +53,17 @@ from .errors import (
 
 if TYPE_CHECKING:
     from ._executor import ProcessPoolExecutor, get_reusable_executor
+    from ._server import OneShotServer, Server
     from ._task import Future, TaskTimeoutError, WorkerLostError
 
 __version__ = "0.1.0"
 
-#: Names that are imported when they are first used: they need concurrent.futures.
+#: Names that are imported when they are first used: they need concurrent.futures, logging or subprocess.
 _LATE = {
     "Future": "_task",
+    "OneShotServer": "_server",
     "ProcessPoolExecutor": "_executor",
+    "Server": "_server",
     "TaskTimeoutError": "_task",
     "WorkerLostError": "_task",
     "get_reusable_executor": "_executor",
@@ -78,6 +83,7 @@ __all__ = [
     "IpcError",
     "JoinableQueue",
     "OneShotServer",
+    "Peer",
     "Pipe",
     "ProcessPoolExecutor",
     "ProtocolError",
@@ -86,6 +92,7 @@ __all__ = [
     "ReceiverGone",
     "Sender",
     "SerializationError",
+    "Server",
     "SharedMemory",
     "ShutDown",
     "SimpleQueue",
@@ -96,6 +103,7 @@ __all__ = [
     "connect",
     "get_reusable_executor",
     "install",
+    "peer_of",
     "uninstall",
 ]
 

@@ -1,153 +1,133 @@
-"""A name at which processes that don't know each other meet: OneShotServer and connect.
-
-The name is the path of a socket in a directory that only this user may enter. It serves one client:
-whoever comes first is accepted, the listening socket closes and the name is gone.
-"""
+"""connect: how a process that was told a name meets the server that has it."""
 
 from __future__ import annotations
 
+import errno
+import math
 import os
-import select
-import shutil
 import socket
 import struct
-import tempfile
-import weakref
 from typing import Any
 
-from typing_extensions import Self
-
-from ._deadline import deadline_in, remaining, wait_for
+from ._address import address_of, is_abstract, is_one_shot
+from ._deadline import deadline_in, remaining
+from ._endpoint import Endpoint
 from ._link import Link
 from ._message import CHANNEL_BUFFER
-from ._receiver import Receiver
+from ._peer import Admission, Allow, Peer, peer_at
 from ._sender import Sender
 from ._transport import unix
-from .errors import Empty, EndpointClosed
 
-#: The longest path of a socket (bytes): sun_path holds 108, with the zero behind it.
-_LONGEST_PATH = 107
-_CREDENTIALS = struct.Struct("3i")
 _TIMEVAL = struct.Struct("ll")
 
+#: What is wrong, where the kernel's word for it doesn't tell.
+_REASONS = {
+    errno.ENOENT: "nobody serves this name (any more)",
+    errno.ECONNREFUSED: "nobody serves this name (any more)",
+    errno.EACCES: "this user may not connect to it",
+    errno.EPROTOTYPE: "another kind of socket has this name",
+}
 
-class OneShotServer:
-    """Accepts one client, anybody of this user who calls ``connect(server.name)``.
 
-    Closing it, or leaving its ``with`` block, removes the name.
+def connect(name: str | os.PathLike[str], timeout: float | None = None, *, allow: Allow = None) -> Sender[Any]:
+    """A sender to the server of that name. It waits while the server's queue is full.
+
+    Raises ``FileNotFoundError`` or ``ConnectionRefusedError`` where nobody serves it (any more), or its one client
+    has come already, ``PermissionError`` where this user may not connect, ``TimeoutError`` where the server has
+    not made room within ``timeout`` seconds. Where the server refuses this client, sending raises ``ReceiverGone``.
+
+    An abstract name ("@...") can be taken by anybody while it is free, so the server must be of this user or
+    root's, unless ``allow`` (uids, or a function of pid, uid and gid) admits others; for a path, whoever may write to
+    its directory decides, unless ``allow`` is given. ``PermissionError`` tells who it is.
     """
-
-    def __init__(self) -> None:
-        self._directory = _private_directory()
-        self.name: str = os.path.join(self._directory, "socket")
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._remove = weakref.finalize(self, _remove, self._listener, self._directory, os.getpid())
-        try:
-            unix.prepare(self._listener, CHANNEL_BUFFER)
-            self._listener.bind(self.name)
-            self._listener.listen(8)
-        except BaseException:
-            self.close()
-            raise
-
-    def accept(self, timeout: float | None = None) -> tuple[Receiver[Any], Any]:
-        """Wait for the client and its first message: ``(receiver, message)``. The server is closed then.
-
-        Raises ``Empty`` when nobody has come and said something within ``timeout`` seconds (a client
-        that was accepted stays accepted: call again), ``Disconnected`` where the client leaves
-        without a word, ``EndpointClosed`` the second time.
-        """
-        deadline = deadline_in(timeout)
-        receiver = self._client or self._accept(deadline)
-        self._client = receiver
-        message = receiver.recv(remaining(deadline))
-        self._client = None
-        return receiver, message
-
-    _client: Receiver[Any] | None = None
-
-    def _accept(self, deadline: float | None) -> Receiver[Any]:
-        while True:
-            if self.closed:
-                raise EndpointClosed("this server is closed, or has accepted its one client")
-            if not wait_for(self._listener.fileno(), select.POLLIN, deadline):
-                raise Empty(f"nobody has connected to {self.name}")
-            client, _ = self._listener.accept()
-            if _peer_is_friend(client):
-                break
-            client.close()
-        self.close()
-        unix.prepare(client, CHANNEL_BUFFER)
-        return Receiver(Link.of(client))
-
-    @property
-    def closed(self) -> bool:
-        return not self._remove.alive
-
-    def close(self) -> None:
-        """Stop listening, remove the name, and drop a client that ``accept`` hasn't returned; may be called twice."""
-        self._remove()
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<mp_ipcchan.OneShotServer {'closed' if self.closed else self.name}>"
-
-
-def _private_directory() -> str:
-    directory = tempfile.mkdtemp(prefix=f"ipcchan-{os.getpid()}-")
-    if len(os.fsencode(directory)) + len("/socket") > _LONGEST_PATH:
-        os.rmdir(directory)
-        directory = tempfile.mkdtemp(prefix=f"ipcchan-{os.getpid()}-", dir="/tmp")
-    return directory
-
-
-def _remove(listener: socket.socket, directory: str, owner: int) -> None:
-    listener.close()
-    if os.getpid() == owner:  # a forked child must not take the parent's name away
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _peer_is_friend(client: socket.socket) -> bool:
-    _, uid, _ = _CREDENTIALS.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(uid == os.geteuid())
-
-
-def connect(name: str, timeout: float | None = None) -> Sender[Any]:
-    """A sender to the server of that name.
-
-    Raises ``FileNotFoundError`` or ``ConnectionRefusedError`` where nobody serves it (any more),
-    ``TimeoutError`` where the server has not taken the connection within ``timeout`` seconds.
-    """
-    if len(os.fsencode(name)) > _LONGEST_PATH:
-        raise OSError(f"a server's name has at most {_LONGEST_PATH} bytes, this one has {len(os.fsencode(name))}")
+    name = os.fspath(name)
+    address = address_of(name)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         unix.prepare(sock, CHANNEL_BUFFER)
-        if timeout is not None:
-            # The kernel's own limit: a non-blocking connect would fail at once on a full queue.
-            seconds = max(timeout, 0.000001)
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1_000_000))
-            )
+        one_shot = is_one_shot(name)
         try:
-            sock.connect(name)
-        except BlockingIOError as error:
-            raise TimeoutError(f"{name} has not accepted a connection within {timeout} seconds") from error
+            connected = _connect_at_once(sock, address) if one_shot else _connect(sock, address, timeout)
         except OSError as error:
-            reason = f"{error.strerror}: nobody serves this name, or its one client has come already"
-            raise type(error)(error.errno, reason, name) from error
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
+            reason = _REASONS.get(error.errno or 0, "this is no server's name")
+            raise type(error)(error.errno, f"{error.strerror}: {reason}", name) from error
+        if not connected and one_shot:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "the one client of this server has come already", name)
+        if not connected:
+            raise TimeoutError(errno.ETIMEDOUT, f"no room for a client within {timeout} seconds", name)
+        if allow is not None or is_abstract(name):
+            _check_server(sock, name, allow)
     except BaseException:
         sock.close()
         raise
     link = Link.of(sock)
     link.outlet.packs = True
     return Sender(link)
+
+
+def _connect_at_once(sock: socket.socket, address: bytes) -> bool:
+    """Connect if there is room now."""
+    sock.setblocking(False)
+    try:
+        sock.connect(address)
+    except BlockingIOError:
+        return False
+    finally:
+        sock.setblocking(True)
+    return True
+
+
+def _connect(sock: socket.socket, address: bytes, timeout: float | None) -> bool:
+    """Connect, and wait for room; False where there was none in time."""
+    deadline = deadline_in(timeout)
+    try:
+        while True:
+            left = remaining(deadline)
+            if left == 0:
+                # The kernel's limit is in its ticks: signals that come more often would never let one pass.
+                return _connect_at_once(sock, address)
+            if left is not None:
+                # A connect that doesn't block fails at once, and nothing tells when to try again.
+                _limit_waits(sock, left)
+            try:
+                sock.connect(address)
+            except BlockingIOError:
+                return False
+            # A signal ends the kernel's waiting, and Python takes that for a connection.
+            if _is_connected(sock):
+                return True
+    finally:
+        if timeout is not None:
+            _limit_waits(sock, 0)
+
+
+def _limit_waits(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel wait no longer in sending calls, ``connect`` among them; 0 for no limit."""
+    whole, fraction = divmod(min(seconds, 2**31), 1)
+    microseconds = min(math.ceil(fraction * 1e6), 999_999)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(whole), microseconds))
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return False
+        raise
+    return True
+
+
+def _check_server(sock: socket.socket, name: str, allow: Allow) -> None:
+    peer = peer_at(sock)
+    if not Admission(allow).admits(peer) and not (allow is None and peer.uid == 0):
+        reason = f"uid {peer.uid} (pid {peer.pid}) serves this name; if that is right, say so with allow="
+        raise PermissionError(errno.EPERM, reason, name)
+
+
+def peer_of(endpoint: Endpoint) -> Peer:
+    """Who connected: of a receiver that ``accept`` returned, the client; of what ``connect`` returned, the server.
+
+    Of an end of a channel that was not made so, the process that made it.
+    """
+    return peer_at(endpoint._open_link().sock)

@@ -27,6 +27,7 @@ from mp_ipcchan import (
     ReceiverGone,
     Sender,
     SerializationError,
+    Server,
     bytes_channel,
     channel,
     connect,
@@ -436,6 +437,18 @@ def test_F11_server_leaves_no_name() -> None:
         for name in (closed.name, used.name):
             with pytest.raises(OSError):
                 connect(name, LIMIT)
+
+
+@pytest.mark.parametrize("name", ["n" * 120, "@" + "n" * 120, "missing/socket", "a\0b", "@", ""])
+def test_F11_chosen_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A chosen name that can't be is an OSError, for both sides; it is not cut, and leaves no descriptor."""
+    monkeypatch.chdir(tmp_path)
+    before = open_descriptors()
+    for meet in (Server, connect):
+        with pytest.raises(OSError):
+            meet(name)
+    assert open_descriptors() == before
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- F13: packets that lie ------------------------------------------------------------------

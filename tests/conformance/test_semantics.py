@@ -34,6 +34,7 @@ from mp_ipcchan import (
     ReceiverGone,
     Sender,
     SerializationError,
+    Server,
     bytes_channel,
     channel,
     connect,
@@ -1137,6 +1138,17 @@ def test_S27_nobody_comes() -> None:
                 assert first == "at last"
 
 
+def test_S27_silent_client_of_many() -> None:
+    """A server of many isn't held up by clients that say nothing, or leave without a word."""
+    with Server() as server, connect(server.name, LIMIT):
+        connect(server.name, LIMIT).close()
+        with connect(server.name, LIMIT) as tx:
+            tx.send("hello")
+            rx, first = server.accept(LIMIT)
+            rx.close()
+            assert first == "hello"
+
+
 def test_S28_second_client() -> None:
     """Whoever connects after the client that was accepted gets an error, and so does a second ``accept``."""
     with OneShotServer() as server, connect(server.name, LIMIT) as tx:
@@ -1152,13 +1164,15 @@ def test_S28_second_client() -> None:
 
 
 def test_S28_second_client_in_the_queue() -> None:
-    """A client that connected before the first was accepted is told at the latest when it sends again."""
-    with OneShotServer() as server, connect(server.name, LIMIT) as tx, connect(server.name, LIMIT) as late:
+    """A client that connects while the first waits to be accepted is refused at once; the first is served."""
+    with OneShotServer() as server, connect(server.name, LIMIT) as tx:
+        for timeout in (LIMIT, None, 0):
+            with pytest.raises(ConnectionRefusedError, match="one client"):
+                connect(server.name, timeout)
         tx.send("first")
         rx, first = server.accept(LIMIT)
         with rx:
             assert first == "first"
-            await_receiver_gone(late)
 
 
 # -- 33: what a descriptor is ---------------------------------------------------------------

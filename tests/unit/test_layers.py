@@ -10,11 +10,12 @@ import mp_ipcchan
 PACKAGE = Path(mp_ipcchan.__file__).parent
 
 LAYERS = [
-    ["errors", "_deadline", "_interrupt"],
-    ["_message", "_memory"],
+    ["errors", "_deadline", "_interrupt", "_peer", "_readiness", "_watch"],
+    ["_message", "_memory", "_address"],
     ["_segment", "_transport._frame", "_transport._carrier"],
     ["_transport._spill"],
     ["_transport.unix"],
+    ["_listener"],
     ["_codec", "_typed_codec"],
     ["_shared_memory"],
     ["_drainer"],
@@ -22,8 +23,8 @@ LAYERS = [
     ["_link"],
     ["_fd", "_endpoint", "_delivery"],
     ["_sender", "_receiver"],
-    ["_channel", "_rendezvous", "_connection"],
-    ["_typed_fields"],
+    ["_channel", "_rendezvous", "_host", "_connection"],
+    ["_typed_fields", "_server"],
     ["_counter", "_ledger"],
     ["_ends"],
     ["_books"],

@@ -11,8 +11,10 @@ import array
 import os
 import socket
 from collections import deque
+from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from operator import itemgetter
+from typing import Any, TypeAlias
 
 from .. import _segment
 from .._message import PACKET_SIZE, PLAIN, Buffer, Descriptors, Incoming, Message, Outgoing, Parcel
@@ -77,6 +79,19 @@ def prepare(sock: socket.socket, send_buffer: int) -> None:
     if sock.gettimeout() is not None:
         sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+
+
+def accept(listener: socket.socket, into: deque[socket.socket]) -> None:
+    """Append the next connection to ``into``, in one C call: a signal's handler can't come between.
+
+    Raises what ``accept`` raises. ``prepare`` must follow.
+    """
+    into.extend(map(_own, map(itemgetter(0), map(_accept, (listener,)))))
+
+
+#: Functions of C, unlike ``socket.socket`` and its ``accept``: the next connection's descriptor, and its owner.
+_accept: Callable[[socket.socket], tuple[int, object]] = socket.socket._accept  # type: ignore[attr-defined]
+_own: Callable[[int], Any] = partial(socket.SocketType, socket.AF_UNIX, socket.SOCK_SEQPACKET, 0)
 
 
 def adopt(fd: int) -> socket.socket:
