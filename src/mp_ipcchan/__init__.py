@@ -13,10 +13,13 @@ Modules import only from those above them in this list:
     _codec, _typed_codec                            objects to messages and back: pickle, or checked against a type
     _drainer, _outlet, _inlet, _link                one socket's two halves, shared by all handles on it
     _memory, _shared_memory                         SharedMemory
-    _fd, _endpoint, _sender, _receiver, _channel,
-    _typed_fields                                   Fd, Sender and Receiver: codec and transport meet
+    _async                                          receiving and sending in coroutines
+    _fd, _endpoint, _opaque, _sender, _receiver,
+    _channel, _typed_fields                         Fd, Sender and Receiver: codec and transport meet
     _connection, _counter, _ledger, _books,
     _ends, _queue, _queue_travel                    pipes and queues
+    _undecoded, _events, _members, _receiver_set,
+    _router                                         many receivers at once: undecoded messages, sets, callbacks
     _peer, _address, _listener, _watch, _readiness,
     _rendezvous, _host, _server                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
@@ -32,6 +35,7 @@ from ._channel import bytes_channel, channel
 from ._connection import Connection, Pipe
 from ._context import install, uninstall
 from ._fd import Fd
+from ._opaque import OpaqueReceiver, OpaqueSender
 from ._peer import Peer
 from ._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
@@ -52,26 +56,39 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from ._events import ChannelClosed, MessageReceived, Ready
     from ._executor import ProcessPoolExecutor, get_reusable_executor
+    from ._receiver_set import ReceiverSet
+    from ._router import Route, Router, router
     from ._server import OneShotServer, Server
     from ._task import Future, TaskTimeoutError, WorkerLostError
+    from ._undecoded import UndecodedMessage
 
 __version__ = "0.1.0"
 
-#: Names that are imported when they are first used: they need concurrent.futures, logging or subprocess.
+#: Names that are imported when they are first used: they need concurrent.futures, dataclasses, logging or subprocess.
 _LATE = {
+    "ChannelClosed": "_events",
     "Future": "_task",
+    "MessageReceived": "_events",
     "OneShotServer": "_server",
     "ProcessPoolExecutor": "_executor",
+    "Ready": "_events",
+    "ReceiverSet": "_receiver_set",
+    "Route": "_router",
+    "Router": "_router",
     "Server": "_server",
     "TaskTimeoutError": "_task",
+    "UndecodedMessage": "_undecoded",
     "WorkerLostError": "_task",
     "get_reusable_executor": "_executor",
+    "router": "_router",
 }
 
 __all__ = [
     "BytesReceiver",
     "BytesSender",
+    "ChannelClosed",
     "Connection",
     "Disconnected",
     "Empty",
@@ -82,14 +99,21 @@ __all__ = [
     "Future",
     "IpcError",
     "JoinableQueue",
+    "MessageReceived",
     "OneShotServer",
+    "OpaqueReceiver",
+    "OpaqueSender",
     "Peer",
     "Pipe",
     "ProcessPoolExecutor",
     "ProtocolError",
     "Queue",
+    "Ready",
     "Receiver",
     "ReceiverGone",
+    "ReceiverSet",
+    "Route",
+    "Router",
     "Sender",
     "SerializationError",
     "Server",
@@ -97,6 +121,7 @@ __all__ = [
     "ShutDown",
     "SimpleQueue",
     "TaskTimeoutError",
+    "UndecodedMessage",
     "WorkerLostError",
     "bytes_channel",
     "channel",
@@ -104,6 +129,7 @@ __all__ = [
     "get_reusable_executor",
     "install",
     "peer_of",
+    "router",
     "uninstall",
 ]
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 from . import _codec
+from ._endpoint import ReceivingEnd
 from ._link import Link, LinkHandle
 from ._message import CHANNEL_BUFFER, Descriptors, Handle, HandleKind, Incoming, Parcel
+from ._opaque import OpaqueReceiver, OpaqueSender, Origin
 from ._receiver import BytesReceiver, Receiver, ReceiverBase
 from ._sender import BytesSender, Sender, SenderBase
 from ._transport.unix import close_all
-from ._typed_codec import MAX_SIZE, TypedCodec, codec_of
+from ._typed_codec import MAX_SIZE, codec_of
 from .errors import ProtocolError
 
 T = TypeVar("T")
@@ -60,12 +62,25 @@ def _pair() -> tuple[Link, Link]:
 _CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (Sender, BytesSender, Receiver, BytesReceiver)}
 
 
-def _pack_sender(sender: SenderBase[Any]) -> _codec.Packed:
-    handles = [LinkHandle(HandleKind.SENDER, sender._open_link())]
-    typed = sender._typed if isinstance(sender, Sender) else None
-    if typed is None:
-        return _rebuild_sender, (type(sender).__name__,), handles
-    return _rebuild_typed_sender, (typed.type, typed.max_size), handles
+def _describe(endpoint: SenderBase[Any] | ReceiverBase[Any] | OpaqueSender | OpaqueReceiver) -> tuple[Any, ...]:
+    """What to send for an endpoint's class: its name, its codec if it is typed, and whether it is opaque."""
+    opaque = isinstance(endpoint, (OpaqueSender, OpaqueReceiver))
+    origin = endpoint._origin if opaque else Origin(type(endpoint), endpoint._typed)
+    typed = origin.typed
+    return origin.cls.__name__, None if typed is None else (typed.type, typed.max_size), opaque
+
+
+def _origin(name: str, typed: tuple[Any, int] | None, fds: list[int]) -> Origin:
+    """The origin that was described. Where that raises, ``fds`` are closed."""
+    try:
+        return Origin(_CLASSES[name], None if typed is None else codec_of(*typed))
+    except BaseException:
+        close_all(fds)
+        raise
+
+
+def _pack_sender(sender: SenderBase[Any] | OpaqueSender) -> _codec.Packed:
+    return _rebuild_sender, _describe(sender), [LinkHandle(HandleKind.SENDER, sender._open_link())]
 
 
 def sending_link(kinds: bytes, fds: list[int]) -> Link:
@@ -77,14 +92,12 @@ def sending_link(kinds: bytes, fds: list[int]) -> Link:
 
 
 @_codec.rebuilds
-def _rebuild_sender(name: str, kinds: bytes, fds: list[int]) -> object:
-    return _CLASSES[name](sending_link(kinds, fds))
-
-
-@_codec.rebuilds
-def _rebuild_typed_sender(of: Any, max_size: int, kinds: bytes, fds: list[int]) -> object:
-    typed = _codec_or_close(of, max_size, fds)
-    return Sender(sending_link(kinds, fds), typed)
+def _rebuild_sender(
+    name: str, typed: tuple[Any, int] | None, opaque: bool, kinds: bytes, fds: list[int]
+) -> SenderBase[Any] | OpaqueSender:
+    origin = _origin(name, typed, fds)
+    sender: SenderBase[Any] = origin.make(sending_link(kinds, fds))
+    return sender.to_opaque() if opaque else sender
 
 
 class _MovingHandle:
@@ -92,7 +105,7 @@ class _MovingHandle:
 
     __slots__ = ("_link", "_receiver", "_waiting", "kind")
 
-    def __init__(self, receiver: ReceiverBase[Any], link: Link, waiting: list[Incoming]) -> None:
+    def __init__(self, receiver: ReceivingEnd, link: Link, waiting: list[Incoming]) -> None:
         self.kind = HandleKind.RECEIVER
         self._receiver = receiver
         self._link = link
@@ -129,15 +142,13 @@ class _ParcelHandle:
         pass
 
 
-def pack_receiver(receiver: ReceiverBase[Any]) -> _codec.Packed:
+def pack_receiver(receiver: ReceiverBase[Any] | OpaqueReceiver) -> _codec.Packed:
+    described = _describe(receiver)
     waiting, handles = detach(receiver)
-    typed = receiver._typed if isinstance(receiver, Receiver) else None
-    if typed is None:
-        return _rebuild_receiver, (type(receiver).__name__, waiting), handles
-    return _rebuild_typed_receiver, (typed.type, typed.max_size, waiting), handles
+    return _rebuild_receiver, (*described, waiting), handles
 
 
-def detach(receiver: ReceiverBase[Any]) -> tuple[list[object], list[Handle]]:
+def detach(receiver: ReceivingEnd) -> tuple[list[object], list[Handle]]:
     """Claim a receiver for a message: what waits in it, as plain objects, and the descriptors of it all."""
     link = receiver._claim()
     waiting: list[Incoming] = []
@@ -187,25 +198,16 @@ def attach(
 
 
 @_codec.rebuilds
-def _rebuild_receiver(name: str, waiting: list[Any], kinds: bytes, fds: list[int]) -> object:
-    return attach(_CLASSES[name], waiting, kinds, fds)
-
-
-@_codec.rebuilds
-def _rebuild_typed_receiver(of: Any, max_size: int, waiting: list[Any], kinds: bytes, fds: list[int]) -> object:
-    typed = _codec_or_close(of, max_size, fds)
-    return attach(lambda link: Receiver(link, typed), waiting, kinds, fds)
-
-
-def _codec_or_close(of: Any, max_size: int, fds: list[int]) -> TypedCodec:
-    try:
-        return codec_of(of, max_size)
-    except BaseException:
-        close_all(fds)
-        raise
+def _rebuild_receiver(
+    name: str, typed: tuple[Any, int] | None, opaque: bool, waiting: list[Any], kinds: bytes, fds: list[int]
+) -> ReceiverBase[Any] | OpaqueReceiver:
+    receiver = attach(_origin(name, typed, fds).make, waiting, kinds, fds)
+    return receiver.to_opaque() if opaque else receiver
 
 
 _codec.register(Sender, _pack_sender)
 _codec.register(BytesSender, _pack_sender)
+_codec.register(OpaqueSender, _pack_sender)
 _codec.register(Receiver, pack_receiver)
 _codec.register(BytesReceiver, pack_receiver)
+_codec.register(OpaqueReceiver, pack_receiver)

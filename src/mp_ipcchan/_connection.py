@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import _codec
 from ._deadline import deadline_in
 from ._delivery import Delivery
-from ._inlet import EndOfStream, ShutMark
+from ._inlet import EndOfStream
 from ._link import Link, LinkHandle
-from ._message import HandleKind, Incoming, Outgoing, Parcel
+from ._message import HandleKind, Incoming, Outgoing
 from ._receiver import view_bytes
 from ._sender import encode_bytes
 from ._transport.unix import PIPE_BUFFER
-from .errors import ProtocolError
 
 
 class Connection(Delivery, stdlib.Connection):
@@ -84,18 +83,11 @@ class Connection(Delivery, stdlib.Connection):
         inlet = self._link.inlet
         while True:
             try:
-                taken = inlet.take(True)
+                return inlet.take_message(True)
             except BlockingIOError:
                 inlet.await_readable(None)
-                continue
             except EndOfStream:
                 raise EOFError from None
-            # Asked without a call: a signal's handler that raises here would lose the message.
-            if taken.__class__ is bytes or taken.__class__ is Parcel:
-                return taken
-            if isinstance(taken, ShutMark):
-                raise ProtocolError("a packet for queues came through a pipe")
-            inlet.put_back(taken)
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Receive the bytes of a message; ``OSError`` where there are more than ``maxlength``."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from itertools import starmap
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import _codec
 from ._inlet import Inlet
@@ -32,6 +32,16 @@ class Lock(Protocol):
     def release(self) -> None: ...
 
 
+class Decoding(NamedTuple):
+    """How the messages of a receiver become objects; see ``Delivery``."""
+
+    loads: Callable[[bytes], Any]
+    decoder: Callable[[Parcel], Iterator[Any]]
+    report: Callable[[Exception], None]
+    #: What the messages of a typed channel are.
+    of: Any = None
+
+
 class Delivery:
     """For those who receive: they say how to take a message, this delivers it."""
 
@@ -41,6 +51,10 @@ class Delivery:
     _loads: Callable[[bytes], Any] = staticmethod(pickle.loads)
     #: Decodes a parcel: an iterator whose item is made in one C call.
     _decoder: Callable[[Parcel], Iterator[Any]] = staticmethod(_codec.decoder)
+
+    @property
+    def _decoding(self) -> Decoding:
+        return Decoding(self._loads, self._decoder, self._report)
 
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         """The next message. It must not be in the hands of a call when it returns."""
@@ -59,7 +73,8 @@ class Delivery:
         """Whether what has come while this waited may be newer than something elsewhere: then ``_take`` sees to it."""
         return False
 
-    def _report(self, error: Exception) -> None:
+    @staticmethod
+    def _report(error: Exception) -> None:
         """Raise what a message that can't be decoded is to raise, if not ``error`` itself."""
 
     def _deliver(
@@ -115,7 +130,7 @@ class Delivery:
                 inlet.keep(box)
                 raise
             undecodable = decoding and not decoded and isinstance(error, Exception) and not raised_by_handler(error)
-            if undecodable or not _is_intact(incoming):
+            if undecodable or not is_intact(incoming):
                 # Some of its descriptors may have been handed out already.
                 self._taken()
             else:
@@ -153,7 +168,7 @@ class Delivery:
             done = len(decoded)
             if not decoding or done == len(taken) or not isinstance(error, Exception) or raised_by_handler(error):
                 begun = done + 1 if decoding else 0
-                intact = [one for one in taken[:begun] if _is_intact(one)] + taken[begun:]
+                intact = [one for one in taken[:begun] if is_intact(one)] + taken[begun:]
                 inlet.put_back(*intact)
                 self._left(len(intact))
                 self._taken(len(taken) - len(intact))
@@ -213,6 +228,6 @@ class Delivery:
             decoded.extend(map(self._loads, (one,)) if isinstance(one, bytes) else self._decoder(one))
 
 
-def _is_intact(incoming: Incoming) -> bool:
+def is_intact(incoming: Incoming) -> bool:
     """Whether a message may be decoded once more."""
     return isinstance(incoming, bytes) or not incoming.kinds

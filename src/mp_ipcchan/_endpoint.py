@@ -8,11 +8,11 @@ from typing import Any
 from typing_extensions import Self
 
 from . import _codec
-from ._link import Link
+from ._link import Closable, Link
 from .errors import EndpointClosed, EndpointMoved
 
-#: Every open sender and receiver of this process, for a forked child to close those it wasn't given.
-endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+#: Every open sender, receiver and set of this process, for a forked child to close those it wasn't given.
+endpoints: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 class Endpoint:
@@ -29,8 +29,14 @@ class Endpoint:
         link = self._link
         if link is None:
             if self._moved:
-                raise EndpointMoved(f"this {type(self).__name__} was sent away: whoever received it owns it now")
+                raise EndpointMoved(f"this {type(self).__name__} has moved: whoever has got it owns it now")
             raise EndpointClosed(f"this {type(self).__name__} is closed")
+        return link
+
+    def _give_up(self) -> Link:
+        """Take the link out for another handle, which this one becomes."""
+        link = self._open_link()
+        self._link, self._moved = None, True
         return link
 
     def close(self) -> None:
@@ -66,3 +72,35 @@ class Endpoint:
     def __reduce__(self) -> Any:
         self._open_link()
         return _codec.refuse_bare_pickle(self)
+
+
+class ReceivingEnd(Endpoint):
+    """A receiving end, of whatever is received: there is one of a channel, so it moves and isn't copied."""
+
+    __slots__ = ()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable whenever there is a message, or the end of the stream."""
+        return self._open_link().inlet.fileno()
+
+    def __copy__(self) -> Self:
+        raise TypeError(f"a {type(self).__name__} can't be copied: a channel has one receiver, which moves when sent")
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
+
+    def _claim(self) -> Link:
+        """Take the link out, for a message or another owner; ``_restore`` or the link's ``release`` must follow."""
+        link = self._open_link()
+        if not link.inlet.lock.acquire(blocking=False):
+            raise ValueError(f"another thread is receiving from this {type(self).__name__}: it can't be moved now")
+        try:
+            if link.inlet.receiving:
+                raise ValueError(f"this {type(self).__name__} is being received from: it can't be moved now")
+            self._link, self._moved = None, True
+        finally:
+            link.inlet.lock.release()
+        return link
+
+    def _restore(self, link: Link) -> None:
+        self._link, self._moved = link, False

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import weakref
+from typing import Protocol
 
 from ._inlet import Inlet
 from ._message import HandleKind
@@ -21,10 +22,14 @@ _lock = threading.RLock()
 _links: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class Link:
     """Owns a socket; counts the handles that use it and closes it with the last one."""
 
-    __slots__ = ("__weakref__", "_inode", "_uses", "front", "inlet", "outlet", "sock")
+    __slots__ = ("__weakref__", "_inode", "_uses", "front", "inlet", "outlet", "sock", "waits")
 
     def __init__(self, sock: socket.socket, inode: int) -> None:
         self.sock: socket.socket = sock
@@ -32,6 +37,8 @@ class Link:
         self._uses = 1
         #: The same end of a queue's front lane (``_ends``); this link's to release.
         self.front: Link | None = None
+        #: The coroutines that wait for it (``_async``), to be told when it closes.
+        self.waits: Closable | None = None
         self.inlet: Inlet = Inlet(sock)
         self.outlet: Outlet = Outlet(sock, self._emptied)
         _links[inode] = self
@@ -99,6 +106,8 @@ class Link:
             del _links[self._inode]
 
     def _close(self) -> None:
+        if self.waits:
+            self.waits.close()
         self.inlet.close()
         self.outlet.close()
         self.sock.close()
@@ -130,6 +139,7 @@ def _reset_after_fork() -> None:
     global _lock
     _lock = threading.RLock()
     for link in list(_links.values()):
+        link.waits = None
         link.inlet.reset_after_fork()
         link.outlet.reset_after_fork()
         if not link._uses:

@@ -166,13 +166,20 @@ class Outlet:
 
     def _await_room(self, deadline: float | None) -> bool:
         """Wait until trying again makes sense; False at the deadline."""
-        if self._refusal == errno.EAGAIN:
+        pause = self.pause()
+        if pause is None:
             return wait_for(self._sock.fileno(), select.POLLOUT, deadline)
-        # No event tells when the shortage ends.
         left = remaining(deadline)
-        time.sleep(self._pause if left is None else min(self._pause, left))
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        time.sleep(pause if left is None else min(pause, left))
         return left is None or left > 0
+
+    def pause(self) -> float | None:
+        """How long to wait (seconds) before trying again; None where the socket tells, by becoming writable."""
+        if self._refusal == errno.EAGAIN:
+            return None
+        # No event tells when the shortage ends.
+        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return pause
 
     # -- what waits ------------------------------------------------------------------------
 

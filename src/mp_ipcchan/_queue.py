@@ -31,7 +31,7 @@ from .errors import Empty, ShutDown
 T = TypeVar("T")
 
 #: How often (seconds) a taker looks for the last messages of a queue that was shut down.
-_GLANCE_EVERY = 0.02
+GLANCE_EVERY = 0.02
 
 if TYPE_CHECKING:
 
@@ -251,7 +251,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
     def _await_message(self, deadline: float | None, shut: bool) -> bool:
         """Wait for a message, though not for long at a time: False at the deadline."""
         left = remaining(deadline)
-        longest = _GLANCE_EVERY if shut else LOOK_EVERY
+        longest = GLANCE_EVERY if shut else LOOK_EVERY
         self._ends.await_readable(deadline_in(longest if left is None else min(left, longest)))
         return left is None or left > 0
 
@@ -354,5 +354,5 @@ class JoinableQueue(Queue[T]):
             return False
         # Others hand over what they had not sent; it is to be discarded as well.
         self._discard_all()
-        self._ends.await_readable(deadline_in(_GLANCE_EVERY))
+        self._ends.await_readable(deadline_in(GLANCE_EVERY))
         return True

@@ -5,26 +5,26 @@ from __future__ import annotations
 import operator
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Generic, NoReturn, TypeVar, final
 
-from typing_extensions import Self
-
-from . import _codec
+from . import _async, _codec
 from ._deadline import deadline_in, remaining
-from ._delivery import Delivery
-from ._endpoint import Endpoint
-from ._inlet import EndOfStream, Inlet, ShutMark
-from ._link import Link
+from ._delivery import Decoding, Delivery
+from ._endpoint import ReceivingEnd
+from ._inlet import EndOfStream, Inlet
 from ._message import PLAIN_SIZE, Incoming, Parcel
+from ._opaque import OpaqueReceiver, Origin
 from ._typed_codec import TypedCodec
 from .errors import Disconnected, Empty, ProtocolError, SerializationError
 
 T_co = TypeVar("T_co", covariant=True)
 
 
-class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
+class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
     __slots__ = ()
+
+    _typed: TypedCodec | None = None
 
     def recv(self, timeout: float | None = None) -> T_co:
         """The next message; waits for it, at most ``timeout`` seconds.
@@ -86,53 +86,36 @@ class ReceiverBase(Delivery, Endpoint, Generic[T_co]):
             except Disconnected:
                 return
 
+    async def recv_async(self) -> T_co:
+        """The next message, awaited in a task of asyncio or trio. Being cancelled loses no message.
+
+        Raises what ``recv`` does. Any number of tasks may wait for one receiver.
+        """
+        return await _async.receive(self)
+
+    def __aiter__(self) -> AsyncIterator[T_co]:
+        """Receive in a task of asyncio or trio, until every sender is gone."""
+        return _async.Messages(self)
+
     def _take(self, block: bool, deadline: float | None) -> Incoming:
         inlet = self._open_link().inlet
         while True:
             try:
-                taken = inlet.take(block and deadline is None)
+                return inlet.take_message(block and deadline is None)
             except BlockingIOError:
                 if not block or not inlet.await_readable(deadline):
                     raise Empty("there is no message") from None
-                continue
             except EndOfStream:
                 raise Disconnected("every sender is gone, and all messages have been received") from None
-            # Asked without a call: a signal's handler that raises here would lose the message.
-            if taken.__class__ is bytes or taken.__class__ is Parcel:
-                return taken
-            if isinstance(taken, ShutMark):
-                raise ProtocolError("a packet for queues came through a channel")
-            inlet.put_back(taken)
 
-    def _report(self, error: Exception) -> None:
+    @staticmethod
+    def _report(error: Exception) -> None:
         if not isinstance(error, ProtocolError):
             raise SerializationError(f"can't decode a message: {error}") from error
 
-    def fileno(self) -> int:
-        """A descriptor that is readable whenever there is a message, or the end of the stream."""
-        return self._open_link().inlet.fileno()
-
-    def __copy__(self) -> Self:
-        raise TypeError(f"a {type(self).__name__} can't be copied: a channel has one receiver, which moves when sent")
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self.__copy__()
-
-    def _claim(self) -> Link:
-        """Take the link out, for a message; ``_restore`` or the link's ``release`` must follow."""
-        link = self._open_link()
-        if not link.inlet.lock.acquire(blocking=False):
-            raise ValueError(f"another thread is receiving from this {type(self).__name__}: it can't be sent now")
-        try:
-            if link.inlet.receiving:
-                raise ValueError(f"this {type(self).__name__} is being received from: it can't be sent now")
-            self._link, self._moved = None, True
-        finally:
-            link.inlet.lock.release()
-        return link
-
-    def _restore(self, link: Link) -> None:
-        self._link, self._moved = link, False
+    def to_opaque(self) -> OpaqueReceiver:
+        """The same end, without what it says of its messages; this handle has moved then."""
+        return OpaqueReceiver(self._claim(), Origin(type(self), self._typed), self._decoding)
 
 
 @final
@@ -153,6 +136,11 @@ class Receiver(ReceiverBase[T_co]):
         else:
             self._loads, self._decoder = typed.loads, typed.decoder
             link.inlet.largest = typed.max_size
+
+    @property
+    def _decoding(self) -> Decoding:
+        typed = self._typed
+        return Decoding(self._loads, self._decoder, self._report, None if typed is None else typed.type)
 
 
 @final

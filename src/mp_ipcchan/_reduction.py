@@ -21,6 +21,7 @@ from . import _codec, _queue_travel  # noqa: F401  (registers how queues travel)
 from ._connection import Connection
 from ._fd import Fd, FdHandle
 from ._message import HandleKind
+from ._opaque import OpaqueReceiver, OpaqueSender
 from ._process import Launch
 from ._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
@@ -46,18 +47,9 @@ def _rebuild(rebuild: Callable[..., object], args: tuple[Any, ...], kinds: bytes
     return rebuild(*args, kinds, [token.detach() for token in tokens])
 
 
-for _cls in (
-    Sender,
-    BytesSender,
-    Receiver,
-    BytesReceiver,
-    Connection,
-    SimpleQueue,
-    Queue,
-    JoinableQueue,
-    Fd,
-    SharedMemory,
-):
+_CHANNELS = (Sender, BytesSender, OpaqueSender, Receiver, BytesReceiver, OpaqueReceiver)
+
+for _cls in (*_CHANNELS, Connection, SimpleQueue, Queue, JoinableQueue, Fd, SharedMemory):
     ForkingPickler.register(_cls, partial(_reduce, _codec.packer(_cls)))
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar, final
 
 from typing_extensions import Self
 
-from . import _codec
+from . import _async, _codec
 from ._deadline import deadline_in
 from ._endpoint import Endpoint
 from ._interrupt import raised_by_handler
 from ._link import Link
 from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
+from ._opaque import OpaqueSender, Origin
 from ._outlet import PACK_SIZE
 from ._transport.unix import SEND_FLAGS
 from ._typed_codec import TypedCodec
@@ -27,6 +29,7 @@ class SenderBase(Endpoint, Generic[T_contra]):
 
     #: Makes the message for an object.
     _encode: Callable[[Any], Outgoing]
+    _typed: TypedCodec | None = None
 
     def _report(self, obj: T_contra, error: Exception) -> None:
         """Raise what an object that can't be encoded is to raise, if not ``error`` itself."""
@@ -110,6 +113,13 @@ class SenderBase(Endpoint, Generic[T_contra]):
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ReceiverGone(error.errno, "the receiver is gone") from error
 
+    async def send_async(self, obj: T_contra) -> None:
+        """Send ``obj`` in a task of asyncio or trio once the kernel takes it, which may be when the receiver has read.
+
+        Being cancelled, it sends nothing, and endpoints in ``obj`` still work. Raises what ``send`` does.
+        """
+        await _async.send(self._open_link, partial(self._message, obj))
+
     def clone(self) -> Self:
         """Another handle on the channel, to be closed by itself. Takes no descriptor."""
         return self._on(self._open_link().retain())
@@ -120,6 +130,10 @@ class SenderBase(Endpoint, Generic[T_contra]):
 
     def __copy__(self) -> Self:
         return self.clone()
+
+    def to_opaque(self) -> OpaqueSender:
+        """The same handle, without what it says of its messages; this one has moved then."""
+        return OpaqueSender(self._give_up(), Origin(type(self), self._typed))
 
 
 @final
