@@ -256,6 +256,8 @@ class Inlet:
     @property
     def holding(self) -> bool:
         """Whether messages wait here, where ``poll`` on the socket doesn't see them."""
+        if not self.ready:
+            return bool(self.inbox)
         return bool(self.inbox) or any(not isinstance(one, Spill) or one.left for one in self.ready)
 
     def fileno(self) -> int:

@@ -26,6 +26,10 @@ Selectable: TypeAlias = (
 )
 
 
+#: The most messages to take of a member at a time: so many that it pays, so few that the others get their turn.
+_MOST = 16
+
+
 class Haul:
     """Messages that are being taken together, of whatever members."""
 
@@ -50,8 +54,8 @@ class Member:
     decoding: Decoding | None
     #: How often (seconds) to look at it though no event has come, if ever.
     glance: float | None = None
-    #: The most messages to take at a time: so many that a batch pays, so few that the others get their turn.
-    batch = 16
+    #: How many messages to take at a time. Of what others take from, too, one: it is lost with the process.
+    batch = 1
 
     def fileno(self) -> int:
         """What to wait for."""
@@ -60,6 +64,9 @@ class Member:
     def take(self, haul: Haul) -> Incoming:
         """The next message. Raises ``BlockingIOError``, ``EndOfStream``, or what went wrong with one message."""
         raise NotImplementedError
+
+    def took(self, all_of_it: bool) -> None:
+        """Whether there was as much to take as was asked for."""
 
     def put_back(self, messages: list[Incoming]) -> None:
         """Let ``messages`` be the next again."""
@@ -77,26 +84,51 @@ class Member:
         """Close what is the set's."""
 
 
-class ReceiverMember(Member):
+class _Inlets(Member):
+    """One that has an inlet, and nothing else to do."""
+
+    __slots__ = ("_inlet", "decoding")
+
+    _inlet: Inlet
+
+    def take(self, haul: Haul) -> Incoming:
+        inlet = self._inlet
+        if haul.laden and not inlet.fits():
+            raise BlockingIOError
+        incoming = inlet.take_message(False)
+        # No call from here on: a signal's handler that raises would lose the message.
+        if incoming.__class__ is Parcel and incoming.kinds:
+            haul.laden = True
+        return incoming
+
+    def put_back(self, messages: list[Incoming]) -> None:
+        self._inlet.put_back(*messages)
+
+
+class ReceiverMember(_Inlets):
     """A receiver, claimed."""
 
-    __slots__ = ("_inlet", "_link", "_receiver", "decoding")
+    __slots__ = ("_link", "_receiver", "_streak")
 
     def __init__(self, receiver: ReceiverBase[Any] | OpaqueReceiver) -> None:
         self._receiver: ReceivingEnd = receiver
         self.decoding = receiver._decoding
         self._link = receiver._claim()
         self._inlet = self._link.inlet
+        #: How often in a row there was as much to take as was asked for.
+        self._streak = 0
 
     def fileno(self) -> int:
         # The socket; what waits in user space is asked for.
         return self._link.fileno()
 
-    def take(self, haul: Haul) -> Incoming:
-        return _take(self._inlet, haul)
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        # To be told that there is no more costs a system call: it is for those that mostly have more.
+        return _MOST if self._inlet.ready else min(1 << (self._streak >> 2), _MOST)
 
-    def put_back(self, messages: list[Incoming]) -> None:
-        self._inlet.put_back(*messages)
+    def took(self, all_of_it: bool) -> None:
+        self._streak = self._streak + 1 if all_of_it else 0
 
     @property
     def holding(self) -> bool:
@@ -110,28 +142,21 @@ class ReceiverMember(Member):
         self._link.release()
 
 
-class ConnectionMember(Member):
+class ConnectionMember(_Inlets):
     """One end of a pipe; others may receive from it meanwhile."""
 
-    __slots__ = ("_connection", "decoding")
-
-    batch = 1
+    __slots__ = ("_connection",)
 
     def __init__(self, connection: Connection) -> None:
         connection._check_closed()
         connection._check_readable()
         self._connection = connection
         self.decoding = connection._decoding
+        self._inlet = connection._link.inlet
 
     def fileno(self) -> int:
         # Not the socket: others may make messages wait in user space.
-        return self._connection._link.inlet.fileno()
-
-    def take(self, haul: Haul) -> Incoming:
-        return _take(self._connection._link.inlet, haul)
-
-    def put_back(self, messages: list[Incoming]) -> None:
-        self._connection._link.inlet.put_back(*messages)
+        return self._inlet.fileno()
 
     def leave(self) -> Connection:
         return self._connection
@@ -143,8 +168,6 @@ class SimpleQueueMember(Member):
     __slots__ = ("_queue", "decoding")
 
     glance = LOOK_EVERY
-    # What is taken is lost with the process: no more than with ``get``.
-    batch = 1
 
     def __init__(self, queue: SimpleQueue[Any]) -> None:
         queue._reader._check_closed()
@@ -158,7 +181,7 @@ class SimpleQueueMember(Member):
         queue = self._queue
         if queue._reader.closed:
             raise EndOfStream
-        _await_room(queue._reader._link.inlet, haul)
+        _check_room(queue._reader._link.inlet, haul)
         while True:
             try:
                 taken = queue._ends.take(False)
@@ -179,8 +202,6 @@ class QueueMember(Member):
 
     __slots__ = ("_queue", "decoding")
 
-    batch = 1
-
     def __init__(self, queue: Queue[Any]) -> None:
         queue._check_open()
         self._queue = queue
@@ -197,7 +218,7 @@ class QueueMember(Member):
         queue = self._queue
         if queue._closed:
             raise EndOfStream
-        _await_room(queue._inlet, haul)
+        _check_room(queue._inlet, haul)
         try:
             incoming = queue._take(False, None)
         except Empty:
@@ -259,15 +280,6 @@ def member_for(source: Selectable) -> Member:
     )
 
 
-def _take(inlet: Inlet, haul: Haul) -> Incoming:
-    _await_room(inlet, haul)
-    incoming = inlet.take_message(False)
-    # No call from here on: a signal's handler that raises would lose the message.
-    if incoming.__class__ is Parcel and incoming.kinds:
-        haul.laden = True
-    return incoming
-
-
-def _await_room(inlet: Inlet, haul: Haul) -> None:
+def _check_room(inlet: Inlet, haul: Haul) -> None:
     if haul.laden and not inlet.fits():
         raise BlockingIOError

@@ -287,9 +287,9 @@ class ReceiverSet:
             try:
                 # In one C call: a signal's handler that raises finds each message here or where it was.
                 taken.extend(starmap(member.take, repeat((haul,), member.batch)))
-            except BlockingIOError as error:
-                if raised_by_handler(error):
-                    raise
+                member.took(True)
+            except BlockingIOError:
+                member.took(False)
             except EndOfStream:
                 ended = True
             except Exception as error:
