@@ -62,7 +62,7 @@ class Waits:
     def __init__(self) -> None:
         #: Each wakes one of them, from any thread.
         self.wakers: list[Callable[[], None]] = []
-        #: How often nothing was awaited.
+        #: How often in a row nothing was awaited.
         self.steps = 0
         #: The lock of those in one loop, mostly the only one. In several, they merely wait side by side.
         self._turn: tuple[object, Lock] | None = None
@@ -100,7 +100,6 @@ class _Asyncio:
         return lock
 
     async def checkpoint(self, waits: Waits) -> None:
-        waits.steps += 1
         if waits.steps >= _MOST_STEPS:
             waits.steps = 0
             await self._asyncio.sleep(0)
@@ -208,6 +207,7 @@ async def receive(source: Source[T_co]) -> T_co:
     await host.checkpoint(waits)
     turn = waits.turn(host)
     if not turn.locked():
+        waits.steps += 1
         try:
             return source.try_recv()
         except Empty:
@@ -253,6 +253,7 @@ async def send(link: Callable[[], Link], encode: Callable[[], Outgoing]) -> None
     item = encode()
     try:
         turn = waits.turn(host)
+        waits.steps += 1
         if not turn.locked() and outlet.drain() and outlet.try_send(item):
             return
         await turn.acquire()
