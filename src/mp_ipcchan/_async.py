@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -33,7 +34,7 @@ _MOST_STEPS = 16
 class Lock(Protocol):
     """What the locks of both libraries have; whoever waits longest is next."""
 
-    async def acquire(self) -> Any: ...
+    async def acquire(self) -> object: ...
     def release(self) -> None: ...
     def locked(self) -> bool: ...
 
@@ -54,6 +55,10 @@ class Host(Protocol):
     async def sleep(self, seconds: float) -> None: ...
 
 
+#: Held while a link gets its ``Waits``: loops of several threads may want one.
+_lock = threading.Lock()
+
+
 class Waits:
     """The coroutines that wait at one link, of whatever loops."""
 
@@ -69,10 +74,11 @@ class Waits:
 
     @classmethod
     def at(cls, link: Link) -> Waits:
-        waits = link.waits
-        if not isinstance(waits, cls):
-            waits = link.waits = cls()
-        return waits
+        if link.waits is None:
+            with _lock:
+                link.waits = link.waits or cls()
+        assert isinstance(link.waits, cls)
+        return link.waits
 
     def turn(self, host: Host) -> Lock:
         if self._turn is None or self._turn[0] is not host.key:
@@ -279,3 +285,11 @@ async def _send_in_turn(host: Host, link: Callable[[], Link], item: Outgoing, wa
             await _ready(host, outlet.fileno(), True, waits)
         else:
             await host.sleep(pause)
+
+
+def _reset_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)

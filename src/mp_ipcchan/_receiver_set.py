@@ -145,7 +145,8 @@ class ReceiverSet:
             return member.leave()
 
     def _unregister(self, member: Member) -> None:
-        assert self._epoll
+        if self._epoll is None:
+            return
         try:
             self._epoll.unregister(member.fd)
         except OSError:
@@ -228,30 +229,29 @@ class ReceiverSet:
             if entered:
                 with self._lock:
                     self._waiting -= 1
-                    if self._closed and not self._waiting:
-                        self._shut()
+                    self._shut_if_closed()
 
     def _collect(self, glance: bool) -> list[Event]:
         """What there is to report now; the turn passes on."""
         events: list[Event] = []
-        self._lock.acquire()
-        if self._taking:
-            self._lock.release()
-            # A signal's handler, in the middle of this.
-            return []
         try:
-            try:
-                self._taking = True
-                epoll = self._open()
-                events, self._kept = self._kept, events
-                self._collect_into(events, epoll, glance)
-            finally:
-                self._taking = False
-                self._lock.release()
+            with self._lock:
+                if self._taking:
+                    # A signal's handler, in the middle of this.
+                    return []
+                try:
+                    self._taking = True
+                    epoll = self._open()
+                    events, self._kept = self._kept, events
+                    self._collect_into(events, epoll, glance)
+                finally:
+                    self._taking = False
+                    self._shut_if_closed()
         except BaseException:
-            self._kept = events + self._kept
             if events:
-                self._raise()
+                with self._lock:
+                    self._kept = events + self._kept
+                    self._raise()
             raise
         return events
 
@@ -275,6 +275,9 @@ class ReceiverSet:
 
     def _visit(self, member: Member, events: list[Event], haul: Haul) -> None:
         """Report what ``member`` has, up to a few messages."""
+        if member.id not in self._members:
+            # A signal's handler, or a finalizer, has removed it or closed the set.
+            return
         decoding = member.decoding
         if decoding is None:
             events.append(Ready(member.id))
@@ -318,19 +321,25 @@ class ReceiverSet:
                 self._holding[member.id] = member
 
     def _refuse(self, epoll: _Epoll, fd: int) -> None:
-        """Something fired that is no member: what an interrupted ``add`` has left, or our own eventfd."""
+        """Something fired that is no member: our own eventfd, or what an interrupted ``add`` has left."""
         if fd != self._event:
-            epoll.unregister(fd)
+            try:
+                epoll.unregister(fd)
+            except OSError:
+                # It was one, and has been closed since.
+                pass
 
     def _raise(self) -> None:
-        self._raised = True
-        os.eventfd_write(self._event, 1)
+        if self._event >= 0:
+            self._raised = True
+            os.eventfd_write(self._event, 1)
 
     def _clear(self) -> None:
         try:
             os.eventfd_read(self._event)
         except BlockingIOError:
             pass
+        # Not before: interrupted in between, it is cleared the next time.
         self._raised = False
 
     # -- the set itself --------------------------------------------------------------------
@@ -372,21 +381,23 @@ class ReceiverSet:
             self._glancing.clear()
             self._by_fd.clear()
             self._drop_kept()
-            if self._waiting:
-                # The last of them closes it: they would not notice that.
-                self._raise()
-                for member in members:
-                    self._unregister(member)
-            else:
-                self._shut()
             for member in members:
+                self._unregister(member)
                 member.drop()
+            # Who waits would not notice.
+            self._raise()
+            self._shut_if_closed()
 
     def _drop_kept(self) -> None:
         kept, self._kept = self._kept, []
         for event in kept:
             if isinstance(event, MessageReceived):
                 event.message.close()
+
+    def _shut_if_closed(self) -> None:
+        """Close what is the set's own, once nobody is at it any more: the last to leave does it."""
+        if self._closed and not self._waiting and not self._taking:
+            self._shut()
 
     def _shut(self) -> None:
         epoll, self._epoll = self._epoll, None

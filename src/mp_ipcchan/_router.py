@@ -112,11 +112,11 @@ class _Routes:
     """What the router's thread has in common with those who add and close routes."""
 
     def __init__(self) -> None:
-        self.receivers = ReceiverSet()
+        self.receivers: ReceiverSet = ReceiverSet()
         #: Held while routes come and go, so that the thread finds the route of whatever it receives.
         self._lock = threading.RLock()
         self._routes: dict[int, Route] = {}
-        self.shut = False
+        self.shut: bool = False
         _all_routes.add(self)
 
     def get(self, id: int) -> Route | None:  # noqa: A002
@@ -248,8 +248,13 @@ class Router:
 
 
 def _run(routes: _Routes) -> None:
-    while _take_turn(routes):
-        pass
+    try:
+        while True:
+            if not _take_turn(routes):
+                return
+    finally:
+        # Whatever ends the thread, senders must not be left with receivers that nobody serves.
+        routes.shut_down()
 
 
 def _take_turn(routes: _Routes) -> bool:

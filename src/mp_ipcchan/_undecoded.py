@@ -52,9 +52,6 @@ class UndecodedMessage:
         return obj
 
     def _decode(self) -> Any:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
         incoming = self._intact()
         decoded: list[Any] = []
         loads, decoder, report, _ = self._decoding
@@ -71,6 +68,9 @@ class UndecodedMessage:
         return decoded[0]
 
     def _intact(self) -> Incoming:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         if self._incoming is None:
             raise EndpointClosed("this message was decoded already, or closed")
         return self._incoming

@@ -826,6 +826,27 @@ def test_S14_handler_that_selects() -> None:
     assert sorted(value for _, value in found) == list(range(2000))
 
 
+def test_S14_handler_that_closes() -> None:
+    """A handler may close the set, wherever that is: select says so, and nothing is left open."""
+    before = open_descriptors()
+    for number in range(30):
+        with members(channel, 3) as (senders, receivers):
+            for tx in senders:
+                tx.send_many(range(100))
+            with calling_often(receivers.close, 0.0001 * (1 + number % 5)):
+                with pytest.raises(EndpointClosed):
+                    for tx in (*senders, *senders) * 1000:
+                        try:
+                            tx.send(1)
+                        except ReceiverGone:
+                            pass
+                        receivers.select(LIMIT)
+            for tx in senders:
+                with pytest.raises(ReceiverGone):
+                    tx.send(1)
+    assert open_descriptors() == before
+
+
 # -- fork -------------------------------------------------------------------------------------
 
 
