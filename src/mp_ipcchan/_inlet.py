@@ -256,9 +256,15 @@ class Inlet:
     @property
     def holding(self) -> bool:
         """Whether messages wait here, where ``poll`` on the socket doesn't see them."""
-        if not self.ready:
-            return bool(self.inbox)
-        return bool(self.inbox) or any(not isinstance(one, Spill) or one.left for one in self.ready)
+        if self.inbox:
+            return True
+        try:
+            if self.ready[0].__class__ is not Spill:
+                return True
+        except IndexError:
+            return False
+        # Of a copy: a signal's handler may take some meanwhile.
+        return any(not isinstance(one, Spill) or one.left for one in tuple(self.ready))
 
     def fileno(self) -> int:
         """A descriptor that is readable whenever ``take`` would not block.

@@ -45,17 +45,19 @@ class Member:
 
     __slots__ = ("ended", "fd", "id")
 
-    #: Its number in the set, and the descriptor that is waited for.
-    id: int
-    fd: int
-    #: Whether its end was reported.
-    ended: bool
     #: What decodes its messages; None where it has none.
     decoding: Decoding | None
     #: How often (seconds) to look at it though no event has come, if ever.
     glance: float | None = None
     #: How many messages to take at a time. Of what others take from, too, one: it is lost with the process.
     batch = 1
+
+    def __init__(self) -> None:
+        #: Its number in the set, and the descriptor that is waited for.
+        self.id: int = -1
+        self.fd: int = -1
+        #: Whether its end was reported.
+        self.ended: bool = False
 
     def fileno(self) -> int:
         """What to wait for."""
@@ -111,6 +113,7 @@ class ReceiverMember(_Inlets):
     __slots__ = ("_link", "_receiver", "_streak")
 
     def __init__(self, receiver: ReceiverBase[Any] | OpaqueReceiver) -> None:
+        super().__init__()
         self._receiver: ReceivingEnd = receiver
         self.decoding = receiver._decoding
         self._link = receiver._claim()
@@ -148,6 +151,7 @@ class ConnectionMember(_Inlets):
     __slots__ = ("_connection",)
 
     def __init__(self, connection: Connection) -> None:
+        super().__init__()
         connection._check_closed()
         connection._check_readable()
         self._connection = connection
@@ -170,6 +174,7 @@ class SimpleQueueMember(Member):
     glance = LOOK_EVERY
 
     def __init__(self, queue: SimpleQueue[Any]) -> None:
+        super().__init__()
         queue._reader._check_closed()
         self._queue = queue
         self.decoding = queue._decoding
@@ -203,6 +208,7 @@ class QueueMember(Member):
     __slots__ = ("_queue", "decoding")
 
     def __init__(self, queue: Queue[Any]) -> None:
+        super().__init__()
         queue._check_open()
         self._queue = queue
         self.decoding = queue._decoding
@@ -237,7 +243,8 @@ class QueueMember(Member):
         self._queue._inlet.put_back(*messages)
         # They count as taken, and their slots were given back; both will be done again.
         books = self._queue._books
-        books.ledger.take(0, -len(messages))
+        if messages:
+            books.ledger.take(0, -len(messages))
         if books.slots:
             books.ledger.ahead += len(messages)
 
@@ -253,6 +260,7 @@ class DescriptorMember(Member):
     decoding = None
 
     def __init__(self, file: HasFileno | int) -> None:
+        super().__init__()
         self._file = file
         self._fd = file if isinstance(file, int) else file.fileno()
 

@@ -51,8 +51,10 @@ class ReceiverSet:
 
     A receiver moves into the set, and is closed with it unless it was removed. Queues of our contexts, connections of
     our pipes, and plain descriptors (a process's sentinel, or anything with ``fileno()``) can be members, too; they
-    stay their owners', who must remove them before they close them. After a bare ``os.fork`` both processes have the
-    set; in other children it is closed.
+    stay their owners', who must remove them before they close them. Of receivers, connections and queues the set
+    reports ``MessageReceived`` and, once, ``ChannelClosed``; of a plain descriptor ``Ready`` while it is readable.
+
+    After a bare ``os.fork`` both processes have the set; in other children it is closed.
     """
 
     def __init__(self) -> None:
@@ -98,12 +100,13 @@ class ReceiverSet:
                 entered = True
             finally:
                 if not entered:
-                    # What is registered without being a member is thrown out when it fires.
+                    if member.fd >= 0 and member.fd not in self._by_fd:
+                        self._unregister(member)
                     member.leave()
             return member.id
 
     def _enter(self, epoll: _Epoll, member: Member) -> None:
-        fd = member.fd = member.fileno()
+        fd = member.fileno()
         try:
             epoll.register(fd, select.EPOLLIN)
         except FileExistsError:
@@ -111,20 +114,22 @@ class ReceiverSet:
                 raise ValueError(f"descriptor {fd} is a member of this set already") from None
         except PermissionError:
             raise ValueError(f"descriptor {fd} is of a file that is always ready: it can't be waited for") from None
-        member.ended = False
+        member.fd = fd
         stale = self._by_fd.get(fd)
         if stale is not None:
             # Its owner has closed it, and the number went to another.
             self._forget(stale)
-        member.id, self._next_id = self._next_id, self._next_id + 1
-        self._by_fd[fd] = self._members[member.id] = member
-        if member.holding:
-            self._holding[member.id] = member
-        if member.glance is not None:
-            self._glancing[member.id] = member
-        if self._holding or member.glance:
+        holding, glancing = member.holding, member.glance is not None
+        if holding or glancing:
             # Who waits already has to know.
             self._raise()
+        # From here on nothing comes between: it is a member altogether or not at all.
+        member.id, self._next_id = self._next_id, self._next_id + 1
+        if holding:
+            self._holding[member.id] = member
+        if glancing:
+            self._glancing[member.id] = member
+        self._by_fd[fd] = self._members[member.id] = member
 
     def remove(self, id: int) -> Any:  # noqa: A002  (the contract's name)
         """Take a member out, with the messages that wait for it; ``KeyError`` where there is none of that id.
@@ -136,12 +141,11 @@ class ReceiverSet:
             member = self._members.get(id)
             if member is None:
                 raise KeyError(f"no member of this set has the id {id}: it has left, or never was one")
-            kept = [event for event in self._kept if event.id == id and isinstance(event, MessageReceived)]
-            self._kept = [event for event in self._kept if event.id != id]
+            kept = [one.message._incoming for one in self._kept if isinstance(one, MessageReceived) and one.id == id]
+            self._kept = [one for one in self._kept if one.id != id]
             self._unregister(member)
             self._forget(member)
-            if kept:
-                member.put_back([event.message._intact() for event in kept])
+            member.put_back([incoming for incoming in kept if incoming is not None])
             return member.leave()
 
     def _unregister(self, member: Member) -> None:
@@ -248,12 +252,19 @@ class ReceiverSet:
                     self._taking = False
                     self._shut_if_closed()
         except BaseException:
-            if events:
-                with self._lock:
-                    self._kept = events + self._kept
-                    self._raise()
+            with self._lock:
+                self._recover(events)
             raise
         return events
+
+    def _recover(self, events: list[Event]) -> None:
+        """A signal's handler has raised: what it interrupted is still to be done."""
+        self._kept = events + self._kept
+        for member in [one for one in self._members.values() if one.ended]:
+            self._finish(member)
+        self._holding = {member.id: member for member in self._members.values() if member.holding}
+        if self._kept or self._holding:
+            self._raise()
 
     def _collect_into(self, events: list[Event], epoll: _Epoll, glance: bool) -> None:
         haul = Haul()
@@ -307,18 +318,22 @@ class ReceiverSet:
         if broken:
             events.append(MessageReceived(member.id, UndecodedMessage(None, decoding, broken)))
         if ended:
+            closed = ChannelClosed(member.id)
             if not member.ended:
                 # Nothing comes between these two, so it is reported once.
                 member.ended = True
-                events.append(ChannelClosed(member.id))
-            self._unregister(member)
-            self._forget(member)
-            member.drop()
+                events.append(closed)
+            self._finish(member)
         else:
             self._holding.pop(member.id, None)
             if member.holding:
                 # Behind the others.
                 self._holding[member.id] = member
+
+    def _finish(self, member: Member) -> None:
+        self._unregister(member)
+        self._forget(member)
+        member.drop()
 
     def _refuse(self, epoll: _Epoll, fd: int) -> None:
         """Something fired that is no member: our own eventfd, or what an interrupted ``add`` has left."""
@@ -428,7 +443,7 @@ class ReceiverSet:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_event", -1) >= 0:
+        if not getattr(self, "_closed", True):
             self.close()
 
     def __repr__(self) -> str:
