@@ -215,6 +215,25 @@ def room_for(descriptors: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+class Interrupted(BaseException):
+    """Raised by a signal's handler, wherever the main thread is, as KeyboardInterrupt is by Ctrl-C."""
+
+
+class Interrupter:
+    """A signal's handler that raises, once each time it was armed."""
+
+    armed = False
+
+    def __call__(self) -> None:
+        if self.armed:
+            self.armed = False
+            raise Interrupted
+
+
+#: Where the handler raises in a finalizer, Python can do no more than say so.
+interrupted = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 @contextmanager
 def calling_often(handler: Callable[[], object], interval: float = 0.001) -> Iterator[None]:
     """Call ``handler`` in the main thread, as a signal's handler, every ``interval`` seconds; never within itself."""

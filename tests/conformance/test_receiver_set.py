@@ -55,6 +55,8 @@ from ._support import (
     AnySender,
     Child,
     F,
+    Interrupted,
+    Interrupter,
     InThread,
     MakePair,
     attempts,
@@ -62,6 +64,7 @@ from ._support import (
     both_kinds,
     calling_often,
     fork,
+    interrupted,
     open_descriptors,
     pattern,
     room_for,
@@ -748,23 +751,30 @@ def test_F09_thousands_of_members() -> None:
 # -- signals ----------------------------------------------------------------------------------
 
 
-class Interrupted(BaseException):
-    """Raised by a signal's handler, wherever the main thread is."""
-
-
-class Interrupter:
-    armed = False
-
-    def __call__(self) -> None:
-        if self.armed:
-            self.armed = False
-            raise Interrupted
+def select_all(receivers: ReceiverSet, interrupt: Interrupter) -> list[Event]:
+    """The events until every member has ended; each call may be interrupted once."""
+    events: list[Event] = []
+    for _ in attempts():
+        try:
+            # No loop in here: the jump back to its start is not covered by ``except``.
+            interrupt.armed = True
+            events.extend(chain.from_iterable(map(receivers.select, (LIMIT,))))
+            interrupt.armed = False
+        except Interrupted:
+            pass
+        if len(receivers) == 0:
+            interrupt.armed = False
+            break
+    try:
+        return events + receivers.try_select()
+    except Empty:
+        return events
 
 
 @pytest.mark.skipif(
     sys.version_info < (3, 11), reason="3.10 runs handlers between any two bytecodes: see docs/architecture.md"
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@interrupted
 def test_S14_interrupted_select_loses_nothing() -> None:
     """A handler that raises in the middle of select costs no event, doubles none, and keeps each member's order."""
     count = 30_000
@@ -774,25 +784,11 @@ def test_S14_interrupted_select_loses_nothing() -> None:
             for number in range(count):
                 tx.send(number)
 
-    events: list[Event] = []
     interrupt = Interrupter()
     with members(channel, 3) as (senders, receivers):
         sending = [InThread(send_all, tx) for tx in senders]
         with calling_often(interrupt):
-            for _ in attempts():
-                try:
-                    interrupt.armed = True
-                    events.extend(chain.from_iterable(map(receivers.select, (LIMIT,))))
-                    interrupt.armed = False
-                except Interrupted:
-                    pass
-                if len(receivers) == 0:
-                    interrupt.armed = False
-                    break
-        try:
-            events += receivers.try_select()
-        except Empty:
-            pass
+            events = select_all(receivers, interrupt)
         for thread in sending:
             thread.result()
     found: dict[int, list[Any]] = {0: [], 1: [], 2: []}
@@ -806,7 +802,7 @@ def test_S14_interrupted_select_loses_nothing() -> None:
 @pytest.mark.skipif(
     sys.version_info < (3, 11), reason="3.10 runs handlers between any two bytecodes: see docs/architecture.md"
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@interrupted
 def test_S14_interrupted_select_reports_each_end_once() -> None:
     """The same for the ends of many channels."""
     interrupt = Interrupter()
@@ -816,25 +812,11 @@ def test_S14_interrupted_select_reports_each_end_once() -> None:
 
 
 def check_ends(interrupt: Interrupter, count: int) -> None:
-    events: list[Event] = []
     with members(channel, count) as (senders, receivers):
         for tx in senders:
             tx.send("last")
             tx.close()
-        for _ in attempts():
-            try:
-                interrupt.armed = True
-                events.extend(chain.from_iterable(map(receivers.select, (LIMIT,))))
-                interrupt.armed = False
-            except Interrupted:
-                pass
-            if len(receivers) == 0:
-                interrupt.armed = False
-                break
-        try:
-            events += receivers.try_select()
-        except Empty:
-            pass
+        events = select_all(receivers, interrupt)
     found = read(events)
     assert sorted(found, key=repr) == sorted(
         [(number, value) for number in range(count) for value in ("last", None)], key=repr

@@ -46,6 +46,8 @@ from ._support import (
     AnyReceiver,
     AnySender,
     F,
+    Interrupted,
+    Interrupter,
     InThread,
     MakePair,
     StartChild,
@@ -54,6 +56,7 @@ from ._support import (
     bare_fork,
     calling_often,
     fork,
+    interrupted,
     open_descriptors,
     pattern,
     repeat,
@@ -546,25 +549,6 @@ def test_S09_bounded_sends(make_pair: MakePair) -> None:
 
 
 # -- 14: signals ----------------------------------------------------------------------------
-
-
-class Interrupted(BaseException):
-    """Raised by a signal's handler, wherever the main thread is, as KeyboardInterrupt is by Ctrl-C."""
-
-
-class Interrupter:
-    """A signal's handler that raises, once each time it was armed."""
-
-    armed = False
-
-    def __call__(self) -> None:
-        if self.armed:
-            self.armed = False
-            raise Interrupted
-
-
-#: Where the handler raises in a finalizer, Python can do no more than say so.
-interrupted = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def collect(box: list[Any], call: Any, *args: Any) -> None:
