@@ -20,7 +20,7 @@ Modules import only from those above them in this list:
     _ends, _queue, _queue_travel                    pipes and queues
     _undecoded, _events, _members, _receiver_set,
     _router                                         many receivers at once: undecoded messages, sets, callbacks
-    _peer, _address, _listener, _watch, _readiness,
+    _peer, _address, _listener, _watch,
     _rendezvous, _host, _server                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
     _call, _chunk, _schedule, _task, _worker,

@@ -182,7 +182,7 @@ def _host() -> Host:
     asyncio: Any = sys.modules.get("asyncio")
     loop = asyncio._get_running_loop() if asyncio is not None else None
     if loop is None:
-        raise RuntimeError("recv_async, send_async and async for need a task of asyncio or trio to run in")
+        raise RuntimeError("what can be awaited here needs a task of asyncio or trio to run in")
     return _Asyncio(asyncio, loop)
 
 
@@ -193,6 +193,16 @@ async def _ready(host: Host, fd: int, writing: bool, waits: Waits) -> None:
         await host.ready(private, writing, waits)
     finally:
         os.close(private)
+
+
+async def readable(fd: int) -> None:
+    """Wait until ``fd`` is readable. Several may wait for the same, and it may be closed meanwhile."""
+    await _ready(_host(), fd, False, Waits())
+
+
+async def pause(seconds: float) -> None:
+    """Let others run for ``seconds``."""
+    await _host().sleep(seconds)
 
 
 # -- receiving -------------------------------------------------------------------------------

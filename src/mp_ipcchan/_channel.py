@@ -64,10 +64,11 @@ _CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (Sender, BytesSen
 
 def _describe(endpoint: SenderBase[Any] | ReceiverBase[Any] | OpaqueSender | OpaqueReceiver) -> tuple[Any, ...]:
     """What to send for an endpoint's class: its name, its codec if it is typed, and whether it is opaque."""
-    opaque = isinstance(endpoint, (OpaqueSender, OpaqueReceiver))
-    origin = endpoint._origin if opaque else Origin(type(endpoint), endpoint._typed)
-    typed = origin.typed
-    return origin.cls.__name__, None if typed is None else (typed.type, typed.max_size), opaque
+    if isinstance(endpoint, (OpaqueSender, OpaqueReceiver)):
+        (cls, typed), opaque = endpoint._origin, True
+    else:
+        cls, typed, opaque = type(endpoint), endpoint._typed, False
+    return cls.__name__, None if typed is None else (typed.type, typed.max_size), opaque
 
 
 def _origin(name: str, typed: tuple[Any, int] | None, fds: list[int]) -> Origin:

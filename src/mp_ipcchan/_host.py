@@ -23,15 +23,16 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from typing_extensions import Self
 
+from ._async import pause, readable
 from ._deadline import deadline_in, wait_for
 from ._interrupt import raised_by_handler
 from ._link import Link
 from ._listener import Listener
 from ._message import CHANNEL_BUFFER
 from ._peer import Admission, Allow, peer_at
-from ._readiness import pause, readable
 from ._receiver import Receiver
 from ._transport import unix
+from ._typed_codec import codec_of
 from ._watch import Mortal, Watch
 from .errors import Disconnected, Empty, EndpointClosed, ProtocolError, SerializationError
 
@@ -59,8 +60,15 @@ class ServerBase:
 
     _once: ClassVar[bool]
 
-    def __init__(self, name: str | os.PathLike[str] | None, allow: Allow, patience: float | None) -> None:
+    def __init__(
+        self,
+        name: str | os.PathLike[str] | None,
+        allow: Allow,
+        patience: float | None,
+        type: Any,  # noqa: A002  (the name that users give it)
+    ) -> None:
         self._admission = Admission(allow)
+        self._typed = None if type is None else codec_of(type)
         self._patience = patience
         #: Reentrant: a signal's handler may close the server.
         self._lock = threading.RLock()
@@ -263,7 +271,7 @@ class ServerBase:
         # A socket so new has no other link than one of an attempt that was interrupted. Nor can anybody see
         # that the receiver is made twice.
         link = getattr(silent.receiver, "_link", None) or Link(client, os.fstat(fd).st_ino)
-        silent.receiver.__init__(link)
+        silent.receiver.__init__(link, self._typed)
         self._watch(fd)
         if self._once:
             self._listener.close()

@@ -91,4 +91,3 @@ class OpaqueReceiver(ReceivingEnd):
         """
         self._origin.check(type)
         return self._origin.make(self._claim())
-

@@ -15,9 +15,11 @@ from typing import Any
 
 from . import _drainer
 from ._channel import pack_receiver
-from ._endpoint import ReceivingEnd, endpoints
+from ._endpoint import endpoints
 from ._message import Handle
+from ._opaque import OpaqueReceiver
 from ._reach import endpoints_within
+from ._receiver import ReceiverBase
 from ._transport._carrier import Carrier
 
 
@@ -30,7 +32,7 @@ class ForkPopen(popen_fork.Popen):
         moving: list[Handle] = []
         try:
             for endpoint in given:
-                if isinstance(endpoint, ReceivingEnd) and not endpoint.closed:
+                if isinstance(endpoint, (ReceiverBase, OpaqueReceiver)) and not endpoint.closed:
                     moving += pack_receiver(endpoint)[2]
             self._fork(process_obj, given, moving)
         except BaseException:

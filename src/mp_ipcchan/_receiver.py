@@ -13,6 +13,7 @@ from ._deadline import deadline_in, remaining
 from ._delivery import Decoding, Delivery
 from ._endpoint import ReceivingEnd
 from ._inlet import EndOfStream, Inlet
+from ._link import Link
 from ._message import PLAIN_SIZE, Incoming, Parcel
 from ._opaque import OpaqueReceiver, Origin
 from ._typed_codec import TypedCodec

@@ -17,6 +17,7 @@ from ._message import CHANNEL_BUFFER
 from ._peer import Admission, Allow, Peer, peer_at
 from ._sender import Sender
 from ._transport import unix
+from ._typed_codec import codec_of
 
 _TIMEVAL = struct.Struct("ll")
 
@@ -29,8 +30,14 @@ _REASONS = {
 }
 
 
-def connect(name: str | os.PathLike[str], timeout: float | None = None, *, allow: Allow = None) -> Sender[Any]:
-    """A sender to the server of that name. It waits while the server's queue is full.
+def connect(
+    name: str | os.PathLike[str],
+    timeout: float | None = None,
+    *,
+    allow: Allow = None,
+    type: Any = None,  # noqa: A002  (as of ``channel``)
+) -> Sender[Any]:
+    """A sender to the server of that name. It waits while the server's queue is full. ``type``: the server's, if any.
 
     Raises ``FileNotFoundError`` or ``ConnectionRefusedError`` where nobody serves it (any more), or its one client
     has come already, ``PermissionError`` where this user may not connect, ``TimeoutError`` where the server has
@@ -40,6 +47,7 @@ def connect(name: str | os.PathLike[str], timeout: float | None = None, *, allow
     root's, unless ``allow`` (uids, or a function of pid, uid and gid) admits others; for a path, whoever may write to
     its directory decides, unless ``allow`` is given. ``PermissionError`` tells who it is.
     """
+    typed = None if type is None else codec_of(type)
     name = os.fspath(name)
     address = address_of(name)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -50,7 +58,7 @@ def connect(name: str | os.PathLike[str], timeout: float | None = None, *, allow
             connected = _connect_at_once(sock, address) if one_shot else _connect(sock, address, timeout)
         except OSError as error:
             reason = _REASONS.get(error.errno or 0, "this is no server's name")
-            raise type(error)(error.errno, f"{error.strerror}: {reason}", name) from error
+            raise error.__class__(error.errno, f"{error.strerror}: {reason}", name) from error
         if not connected and one_shot:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the one client of this server has come already", name)
         if not connected:
@@ -62,7 +70,7 @@ def connect(name: str | os.PathLike[str], timeout: float | None = None, *, allow
         raise
     link = Link.of(sock)
     link.outlet.packs = True
-    return Sender(link)
+    return Sender(link, typed)
 
 
 def _connect_at_once(sock: socket.socket, address: bytes) -> bool:

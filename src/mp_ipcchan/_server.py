@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from typing import final
+from typing import Any, final
 
 from ._host import Guest, ServerBase, Silent, log
 from ._peer import Allow, peer_at
@@ -26,7 +26,11 @@ class Server(ServerBase):
     Without a name: a path in a new private directory.
 
     ``allow``: who may connect beside this user: a collection of uids, or a function that is called with ``pid, uid,
-    gid`` of each client and decides. A message is a pickle, so who may connect can make this process do anything.
+    gid`` of each client and decides. Without ``type``, a message is a pickle, so who may connect can make this process
+    do anything.
+
+    ``type``: what messages are held against, as in a typed ``channel``; clients give the same to ``connect``. One whose
+    message doesn't fit is dropped, and the log tells.
 
     ``patience``: how long (seconds) a client that has connected may say nothing before it is dropped; it keeps
     a descriptor of this process. ``None``: until it leaves.
@@ -42,8 +46,9 @@ class Server(ServerBase):
         *,
         allow: Allow = None,
         patience: float | None = None,
+        type: Any = None,  # noqa: A002  (as of ``channel``)
     ) -> None:
-        super().__init__(name, allow, patience)
+        super().__init__(name, allow, patience, type)
 
     def __iter__(self) -> Iterator[Guest]:
         """Accept clients until the server is closed."""
@@ -77,13 +82,13 @@ class OneShotServer(ServerBase):
     """Accepts one client, a process of this user that calls ``connect(server.name)``.
 
     A second one is refused: while the first waits to be accepted, too. Then the name is gone. Closing the server, or
-    leaving its ``with`` block, removes the name. ``allow`` as for ``Server``.
+    leaving its ``with`` block, removes the name. ``allow`` and ``type`` as for ``Server``.
     """
 
     _once = True
 
-    def __init__(self, *, allow: Allow = None) -> None:
-        super().__init__(None, allow, None)
+    def __init__(self, *, allow: Allow = None, type: Any = None) -> None:  # noqa: A002
+        super().__init__(None, allow, None, type)
 
     def accept(self, timeout: float | None = None, *, process: Mortal | None = None) -> Guest:
         """As ``Server.accept``; the server is closed then. ``Disconnected`` where the client leaves without a word,

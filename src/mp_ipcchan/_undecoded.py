@@ -38,7 +38,7 @@ class UndecodedMessage:
     def to(self, type: type[Any] | None = None) -> Any:  # noqa: A002  (the contract's name)
         """The object that was sent; what ``recv`` would have returned or raised. It can be had once.
 
-        ``type``: what it is to be. ``TypeError``, and the message is still there, where the channel is for another type.
+        ``type``: what it is to be. Where the channel is for another type, ``TypeError``; the message is still there.
         Of a pickle, the class is checked: ``SerializationError`` where it is another, and the object is gone.
         Raises ``EndpointClosed`` the second time, and after ``close``.
         """

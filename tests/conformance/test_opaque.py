@@ -17,7 +17,9 @@ from mp_ipcchan import (
     OpaqueSender,
     Receiver,
     ReceiverGone,
+    ReceiverSet,
     Sender,
+    SerializationError,
     bytes_channel,
     channel,
 )
@@ -162,3 +164,52 @@ def test_X04_opaque_endpoints_through_a_stock_queue() -> None:
         queue.join_thread()
     # The thread that has handed out the descriptor.
     resource_sharer.stop(LIMIT)
+
+
+def test_typed_ends_stay_typed() -> None:
+    """Opaque or not, in a message or not: what the messages of a channel are held against goes along."""
+    tx, rx = channel(type=int)
+    super_tx, super_rx = channel()
+    with super_tx, super_rx, rx:
+        super_tx.send(tx.to_opaque())
+        with super_rx.recv(LIMIT).to(int) as again:
+            again.send(5)
+            with pytest.raises(SerializationError):
+                again.send("five")
+        super_tx.send(rx.to_opaque())
+        received = super_rx.recv(LIMIT)
+        with pytest.raises(TypeError, match="of a channel of"):
+            received.to(str)
+        with received.to() as again_rx:
+            assert again_rx.recv(LIMIT) == 5
+
+
+def test_typed_members_of_a_set() -> None:
+    """A set decodes the messages of typed channels, opaque or not, as their receivers would."""
+    with ReceiverSet() as receivers:
+        for opaque in (False, True):
+            tx, rx = channel(type=list[int])
+            with tx:
+                number = receivers.add(rx.to_opaque() if opaque else rx)
+                tx.send([1])
+                [event] = receivers.select(LIMIT)
+                assert event.id == number
+                with pytest.raises(TypeError, match="came through a channel of"):
+                    event.message.to(dict)
+                assert event.message.to(list[int]) == [1]
+                receivers.remove(number).close()
+
+
+def test_class_of_a_pickle() -> None:
+    """Of a message that is a pickle, ``to`` checks the class that it is told."""
+    tx, rx = channel()
+    with tx, ReceiverSet() as receivers:
+        receivers.add(rx)
+        tx.send_many([{"a": 1}, {"a": 1}])
+        events = []
+        for _ in range(2):
+            events += receivers.select(LIMIT) if len(events) < 2 else []
+        first, second = (event.message for event in events)
+        assert first.to(dict[str, int]) == {"a": 1}
+        with pytest.raises(SerializationError, match="dict"):
+            second.to(str)

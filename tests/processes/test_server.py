@@ -86,6 +86,34 @@ def test_many_clients_one_after_another() -> None:
                 assert (first, rx.recv(LIMIT)) == (number, "more")
 
 
+def test_typed(caplog: pytest.LogCaptureFixture) -> None:
+    """Messages are held against the server's type on both sides; a stranger's pickle is never looked into."""
+    with Server(type=dict[str, int]) as server:
+        with connect(server.name, LIMIT, type=dict[str, int]) as tx:
+            with pytest.raises(SerializationError):
+                tx.send({"a": "one"})  # type: ignore[dict-item]
+            tx.send({"a": 1})
+            receiver, first = server.accept(LIMIT)
+            assert first == {"a": 1}
+            with receiver, connect(server.name, LIMIT) as stranger:
+                stranger.send({"a": 1})
+                with pytest.raises(Empty):
+                    server.accept(0.05)
+                tx.send({"b": 2})
+                assert receiver.recv(LIMIT) == {"b": 2}
+                with pytest.raises(ReceiverGone):
+                    stranger.send({"a": 1})
+    assert "dropped a client" in caplog.text
+
+
+def test_typed_one_shot() -> None:
+    with OneShotServer(type=list[int]) as server, connect(server.name, LIMIT, type=list[int]) as tx:
+        tx.send([1])
+        receiver, first = server.accept(LIMIT)
+        with receiver:
+            assert first == [1]
+
+
 def test_silent_client_holds_nobody_up() -> None:
     """Whoever speaks first is served first, however long others have been there."""
     with Server() as server, ExitStack() as clients:

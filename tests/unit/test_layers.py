@@ -10,7 +10,7 @@ import mp_ipcchan
 PACKAGE = Path(mp_ipcchan.__file__).parent
 
 LAYERS = [
-    ["errors", "_deadline", "_interrupt", "_peer", "_readiness", "_watch"],
+    ["errors", "_deadline", "_interrupt", "_peer", "_watch"],
     ["_message", "_memory", "_address"],
     ["_segment", "_transport._frame", "_transport._carrier"],
     ["_transport._spill"],
