@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
-from service_server import Get, Request, Set, Watch
+from service_server import Get, Request, Set, Value, Watch
 from typing_extensions import Self
 
 from mp_ipcchan import ReceiverGone, channel, connect
@@ -24,25 +24,25 @@ class Client:
     """A connection to the store, and the channel that its answers come by: one for all, since they come in order."""
 
     def __init__(self, name: str) -> None:
-        self._requests = connect(name, PATIENCE)
-        self._reply, self._answers = channel()
+        self._requests = connect(name, PATIENCE, type=Request)
+        self._reply, self._answers = channel(Value)
 
-    def get(self, key: str) -> object:
+    def get(self, key: str) -> Value:
         return self._ask(Get(key, self._reply))
 
-    def set(self, key: str, value: object) -> object:
+    def set(self, key: str, value: Value) -> Value:
         """Store a value; the one before."""
         return self._ask(Set(key, value, self._reply))
 
-    def watch(self, key: str) -> Iterator[object]:
+    def watch(self, key: str) -> Iterator[Value]:
         """The value now, and each that comes; ends with the service, whose sender is the only one left."""
-        reply, values = channel()
+        reply, values = channel(Value)
         with values:
             with reply:
                 self._requests.send(Watch(key, reply))
             yield from values
 
-    def _ask(self, request: Request) -> object:
+    def _ask(self, request: Request) -> Value:
         self._requests.send(request)
         return self._answers.recv(PATIENCE)
 

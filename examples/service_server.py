@@ -1,10 +1,13 @@
 """A key-value store as a service: a program of its own, with any number of clients that come and go.
 
 Each client sends requests on its one connection. A request carries the Sender for its answer, since a Sender is a
-value like any other; a client may have the answers sent to whom it likes. Nothing is polled: one thread sleeps until
-a client comes or says something. A client that is killed is gone from the set it was in; what it had asked for is
-answered to nobody, which is an exception to be ignored, and everybody else is served as before. One that doesn't
-fetch its answers gets no more once some 170 are waiting, so that it can't fill the memory of the service.
+value like any other; a client may have the answers sent to whom it likes. Messages are held against their type, on both
+sides, and are no pickles: a client can ask for what is below, and make the service do nothing else.
+
+Nothing is polled: one thread sleeps until a client comes or says something. A client that is killed is gone from the
+set it was in; what it had asked for is answered to nobody, which is an exception to be ignored, and everybody else is
+served as before. One that doesn't fetch its answers gets no more once some 170 are waiting, so that it can't fill the
+memory of the service.
 
     python service_server.py /tmp/private/store.sock
     python service_client.py /tmp/private/store.sock set colour blue
@@ -19,6 +22,8 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from mp_ipcchan import (
     Disconnected,
@@ -37,29 +42,30 @@ BATCH = 16
 PATIENCE = 10.0
 
 
-@dataclass(frozen=True)
-class Get:
+#: What is stored.
+Value = str | int | None
+
+
+class Get(msgspec.Struct, frozen=True, tag=True):
     """Asks for the value of a key; answered with that, or None."""
 
     key: str
-    reply: Sender[object]
+    reply: Sender[Value]
 
 
-@dataclass(frozen=True)
-class Set:
+class Set(msgspec.Struct, frozen=True, tag=True):
     """Stores a value; answered with the one before, or None."""
 
     key: str
-    value: object
-    reply: Sender[object]
+    value: Value
+    reply: Sender[Value]
 
 
-@dataclass(frozen=True)
-class Watch:
+class Watch(msgspec.Struct, frozen=True, tag=True):
     """Asks for each value that a key will get; they are sent until the reply's receiver is closed."""
 
     key: str
-    reply: Sender[object]
+    reply: Sender[Value]
 
 
 Request = Get | Set | Watch
@@ -69,11 +75,11 @@ Request = Get | Set | Watch
 class Store:
     """What the service knows. Decides what is sent to whom, and sends nothing itself."""
 
-    values: dict[str, object] = field(default_factory=dict)
-    watchers: dict[str, list[Sender[object]]] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    watchers: dict[str, list[Sender[Value]]] = field(default_factory=dict)
 
-    def handle(self, request: object) -> list[tuple[Sender[object], object]]:
-        """What is to be sent now. Raises ValueError for what is no request."""
+    def handle(self, request: Request) -> list[tuple[Sender[Value], Value]]:
+        """What is to be sent now."""
         match request:
             case Get(key, reply):
                 return [(reply, self.values.get(key))]
@@ -83,10 +89,8 @@ class Store:
             case Watch(key, reply):
                 self.watchers.setdefault(key, []).append(reply)
                 return [(reply, self.values.get(key))]
-            case _:
-                raise ValueError(f"not a request: {request!r}")
 
-    def forget(self, sender: Sender[object]) -> None:
+    def forget(self, sender: Sender[Value]) -> None:
         """Nobody hears what is sent there."""
         for key, watchers in list(self.watchers.items()):
             self.watchers[key] = [one for one in watchers if one is not sender]
@@ -114,25 +118,20 @@ class Service:
             return
         serve: Callable[[], None] = lambda: self.serve(client)  # noqa: E731
         self.selector.register(client, selectors.EVENT_READ, serve)
-        self.answer(client, request)
+        self.answer(request)
 
-    def serve(self, client: Receiver[object]) -> None:
+    def serve(self, client: Receiver[Request]) -> None:
         """Answer what a client has asked; see it off where it has left, or been killed."""
         try:
             for request in client.recv_many(BATCH, 0):
-                self.answer(client, request)
+                self.answer(request)
         except Empty:
             pass
         except (Disconnected, SerializationError) as reason:
             self.dismiss(client, reason)
 
-    def answer(self, client: Receiver[object], request: object) -> None:
-        try:
-            letters = self.store.handle(request)
-        except ValueError as reason:
-            self.dismiss(client, reason)
-            return
-        for reply, value in letters:
+    def answer(self, request: Request) -> None:
+        for reply, value in self.store.handle(request):
             try:
                 reply.try_send(value)
             except (ReceiverGone, Full):
@@ -140,7 +139,7 @@ class Service:
                 self.store.forget(reply)
                 reply.close()
 
-    def dismiss(self, client: Receiver[object], reason: Exception) -> None:
+    def dismiss(self, client: Receiver[Request], reason: Exception) -> None:
         if not client.closed:
             self.selector.unregister(client)
             client.close()
@@ -152,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A key-value store for the processes of this user.")
     parser.add_argument("name", nargs="?", help="a path in a private directory, or @word (default: a new path)")
     arguments = parser.parse_args()
-    with Server(arguments.name, patience=PATIENCE) as server:
+    with Server(arguments.name, patience=PATIENCE, type=Request) as server:
         # Raised wherever it is, as Ctrl-C is; the block removes the name.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         # Whoever starts it may wait for this line: from here on clients can connect.
@@ -161,7 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Its classes are found by clients under this name, not as those of a main program.
-    import service_server
-
-    service_server.main()
+    main()
