@@ -72,9 +72,8 @@ class Books:
         try:
             while True:
                 # Owed before it is taken: killed in between, a slot too many comes back, not one too few.
-                with ledger.lock:
-                    ledger.own_cell()[BEGUN] += 1
-                    entered = True
+                ledger.own_cell()[BEGUN] += 1
+                entered = True
                 if ledger.state:
                     raise ShutDown("the queue was shut down")
                 if slots is None:
@@ -83,9 +82,8 @@ class Books:
                     slot.extend(map(os.eventfd_read, (slots.fileno(),)))
                     break
                 except BlockingIOError:
-                    with ledger.lock:
-                        ledger.own_cell()[BEGUN] -= 1
-                        entered = False
+                    ledger.own_cell()[BEGUN] -= 1
+                    entered = False
                 if (not block or not self._await_slot(slots, deadline)) and not ledger.reclaim_again(_LOOK_EVERY):
                     raise Full(f"the queue holds {self.maxsize} messages")
             if self.tasks:
@@ -100,9 +98,8 @@ class Books:
             if not sent:
                 outlet.defer(item, accepted)
                 return
-            with ledger.lock:
-                ledger.own_cell()[DELIVERED] += 1
-                delivered = True
+            ledger.own_cell()[DELIVERED] += 1
+            delivered = True
         except BaseException:
             if accepted:
                 raise

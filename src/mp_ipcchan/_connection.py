@@ -19,7 +19,7 @@ from ._link import Link, LinkHandle
 from ._message import HandleKind, Incoming, Outgoing
 from ._receiver import view_bytes
 from ._sender import encode_bytes
-from ._transport.unix import PIPE_BUFFER
+from ._transport.unix import MSG_NOSIGNAL, PIPE_BUFFER
 
 
 class Connection(Delivery, stdlib.Connection):
@@ -58,7 +58,18 @@ class Connection(Delivery, stdlib.Connection):
         if self._handle is None or not self._writable:
             self._check_closed()
             self._check_writable()
-        self._send(_codec.encode(obj))
+        item = _codec.encode(obj)
+        outlet = self._link.outlet
+        if item.__class__ is bytes and not outlet.backlog:
+            # The usual case, without further calls; it waits in the system call.
+            try:
+                outlet.send_raw(item, MSG_NOSIGNAL)
+                return
+            except BlockingIOError:  # somebody has made the socket non-blocking
+                pass
+            except ConnectionResetError as error:
+                self._report_closed(error)
+        self._send(item)
 
     def _send_bytes(self, buf: memoryview) -> None:
         self._send(encode_bytes(buf))
@@ -67,8 +78,11 @@ class Connection(Delivery, stdlib.Connection):
         try:
             self._link.outlet.send_now(item)
         except ConnectionResetError as error:
-            # A peer that closed with messages unread; to the caller that is no different.
-            raise BrokenPipeError(error.errno, "the other end is closed") from error
+            self._report_closed(error)
+
+    def _report_closed(self, error: ConnectionResetError) -> NoReturn:
+        # The peer closed with messages unread; to the caller that is no different.
+        raise BrokenPipeError(error.errno, "the other end is closed") from error
 
     # -- receiving -------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 Ctrl-C raises KeyboardInterrupt, an alarm whatever its handler likes, anywhere in the main thread
 between two bytecodes. So what matters is done in one C call each, which no handler interrupts:
-receiving and storing (``Inlet.take``), decoding and storing (here). Between them the message is always
-in a variable, and if anything but decoding it raises, it is put back: the next call gets it.
+receiving and storing (a ``for`` over ``Inlet.packets``, or an unpacking), and, where descriptors make it
+impossible to decode twice, decoding and storing. Between them the message is always in a variable, and if
+anything but decoding it raises, it is put back: the next call gets it.
 
 Python looks for signals after calls and at the start of functions and loops, not at a ``return``, a
 variable's assignment or an index: those are what a message passes through on its way out. And from
@@ -15,17 +16,19 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
-from itertools import starmap
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import _codec
 from ._inlet import Inlet
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
-from ._transport.unix import AT_ONCE, CUT, Packet
+from ._transport.unix import CUT, Packet
 from .errors import Empty, ProtocolError, ShutDown
 
 T = TypeVar("T")
+
+#: Stands for an object that isn't decoded yet.
+_NOTHING = object()
 
 
 class Lock(Protocol):
@@ -78,69 +81,88 @@ class Delivery:
         """Raise what a message that can't be decoded is to raise, if not ``error`` itself."""
 
     def _deliver(
-        self, inlet: Inlet, direct: bool, block: bool, deadline: float | None, lock: Lock | None = None
+        self,
+        inlet: Inlet,
+        direct: bool,
+        block: bool,
+        deadline: float | None,
+        lock: Lock | None = None,
+        entries: memoryview | None = None,
+        entry: int = 0,
     ) -> Any:
         """Take and decode a message. ``lock``, if given, is held; it is released whatever happens.
 
-        ``direct``: whether a packet may be received without asking ``_take``.
+        ``direct``: whether a packet may be received without asking ``_take``. A message that comes so is
+        counted in ``entries[entry]``, if given, and not by ``_taken``.
         """
         incoming: Incoming | None = None
+        packet: Packet | None = None
         box: list[Packet] = []
-        decoded: list[Any] = []
-        late = decoding = False
+        decoding = late = False
+        obj: Any = _NOTHING
         try:
             try:
                 if lock is not None:
                     inlet.receiving = True
-                if not direct or inlet.inbox or inlet.detour:
-                    pass
-                elif not inlet.ready:
+                if direct and not (inlet.ready or inlet.inbox or inlet.detour):
                     # The usual case: nothing waits in user space, and what comes is a plain packet.
                     try:
                         try:
-                            box = [*starmap(inlet.recvmsg, AT_ONCE)]
+                            for packet in inlet.packets:  # noqa: B007
+                                break
                         except BlockingIOError:
                             if not block or deadline is not None:
                                 raise
-                            box = inlet.await_packet()
+                            [packet] = inlet.await_packet()
                             late = self._comes_late()
-                        data, ancillary, flags, _ = box[0]
-                        if data.startswith(PLAIN) and not ancillary and not flags & CUT and not late:
-                            incoming = data
-                        else:
+                        data, ancillary, flags, _ = packet  # type: ignore[misc]
+                        if ancillary or flags & CUT or late or not data.startswith(PLAIN):
+                            box, packet = [packet], None  # type: ignore[list-item]
                             inlet.keep(box)
+                        else:
+                            incoming = data
+                            decoding = True
+                            # A handler that raises behind this call leaves the message to be decoded again.
+                            obj = self._loads(data)
+                            if entries is not None:
+                                # No call in it, so neither a handler nor another thread comes between.
+                                entries[entry] += 1
                     except (BlockingIOError, ConnectionResetError):
-                        pass
-                elif lock is not None and inlet.waker is None and inlet.ready[0].__class__ is bytes:
-                    # Came packed with others, and nobody else takes.
-                    [incoming] = starmap(inlet.ready.popleft, ((),))  # type: ignore[assignment]
+                        if packet is not None or box:
+                            raise
                 if incoming is None:
                     incoming = self._take(block, deadline)
-                items = map(self._loads, (incoming,)) if incoming.__class__ is bytes else self._decoder(incoming)  # type: ignore[arg-type]
-                decoding = True
-                decoded = [*items]
-                if self._counts:
-                    self._taken()
+                    decoding = True
+                    if incoming.__class__ is bytes:
+                        obj = self._loads(incoming)
+                    else:
+                        [obj] = self._decoder(incoming)  # type: ignore[arg-type]
+                    if self._counts:
+                        self._taken()
             finally:
                 if lock is not None:
                     inlet.receiving = False
                     lock.release()
         except BaseException as error:
             if incoming is None:
-                inlet.keep(box)
+                inlet.keep(box if packet is None else [packet])
                 raise
-            undecodable = decoding and not decoded and isinstance(error, Exception) and not raised_by_handler(error)
-            if undecodable or not is_intact(incoming):
-                # Some of its descriptors may have been handed out already.
-                self._taken()
-            else:
-                inlet.put_back(incoming)
-                self._left()
-            # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
-            if undecodable:
+            if self._is_undecodable(inlet, incoming, error, decoding and obj is _NOTHING):
+                # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
                 self._report(error)  # type: ignore[arg-type]
             raise
-        return decoded[0]
+        return obj
+
+    def _is_undecodable(self, inlet: Inlet, incoming: Incoming, error: BaseException, decoding: bool) -> bool:
+        """Whether ``error`` is what decoding ``incoming`` raised."""
+        undecodable = decoding and isinstance(error, Exception) and not raised_by_handler(error)
+        if undecodable or not is_intact(incoming):
+            # Some of its descriptors may have been handed out already.
+            self._taken()
+        else:
+            inlet.put_back(incoming)
+            self._left()
+        return undecodable
 
     def _deliver_many(self, inlet: Inlet, most: int, deadline: float | None, lock: Lock | None = None) -> list[Any]:
         """Wait for a message as ``_deliver`` does; decode it and those that are there, ``most`` in all."""
@@ -154,7 +176,7 @@ class Delivery:
                 taken.append(self._take(True, deadline))
                 self._take_more(inlet, taken, most, lock is not None)
                 decoding = True
-                if all(one.__class__ is bytes for one in taken):
+                if {bytes}.issuperset(map(type, taken)):
                     decoded.extend(map(self._loads, taken))  # type: ignore[arg-type]
                 else:
                     self._decode(taken, decoded)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: in flight, or memory ran short; no event tells when that ends.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
+#: How long (seconds) a sender that has sent a pack by itself is left alone.
+_BREATH = 0.0003
+
 _lock = threading.RLock()
 #: Who has, or is about to have, something to send; and the descriptor to poll.
 _waiting: dict[Outlet, int] = {}
@@ -122,9 +125,14 @@ def _run() -> None:
                 _close_wake()
                 return
             outlets = {fd: outlet for outlet, fd in _waiting.items()}
-        stalled = False
+        stalled = busy = False
         for fd in _writable(outlets):
             outlet = outlets[fd]
+            if outlet.helped:
+                # Its sender keeps sending, and the reader is supplied: for a moment, nothing to do.
+                outlet.helped = False
+                busy = True
+                continue
             before = len(outlet.backlog)
             try:
                 stalled |= not outlet.drain() and len(outlet.backlog) >= before
@@ -139,6 +147,8 @@ def _run() -> None:
             pause = min(2 * pause, _LONGEST_PAUSE)
         else:
             pause = _SHORTEST_PAUSE
+            if busy:
+                time.sleep(_BREATH)
 
 
 def _writable(fds: dict[int, Outlet]) -> list[int]:

@@ -13,8 +13,8 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
-from itertools import islice, repeat, starmap
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat, starmap, takewhile
 from typing import TypeAlias
 
 from ._deadline import wait_for
@@ -60,6 +60,7 @@ class Inlet:
         "inbox",
         "largest",
         "lock",
+        "packets",
         "ready",
         "receiving",
         "recvmsg",
@@ -70,6 +71,9 @@ class Inlet:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.recvmsg: Callable[[int, int, int], Packet] = sock.recvmsg
+        #: Receives a packet at each step, now, and has no end: ``BlockingIOError`` where there is none. ``for packet in
+        #: packets: break`` receives and stores in one C call, and faster than by calling anything.
+        self.packets: Iterator[Packet] = starmap(sock.recvmsg, repeat(AT_ONCE))
         #: Packets of interrupted calls, as received.
         self.inbox: deque[Packet] = deque()
         #: Messages that wait here, the oldest first. A Spill stands for all that it still holds.
@@ -112,7 +116,7 @@ class Inlet:
                     if self.waker and not self.holding:
                         self.waker.clear()
                 else:
-                    box = self.await_packet() if wait else [*starmap(self.recvmsg, AT_ONCE)]
+                    box = self.await_packet() if wait else [*islice(self.packets, 1)]
                 data, ancillary, flags, _ = box[0]
                 if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                     return data
@@ -157,14 +161,14 @@ class Inlet:
         """
         for _ in range(self._looks):
             try:
-                box = [*starmap(self.recvmsg, AT_ONCE)]
+                box = [*islice(self.packets, 1)]
             except BlockingIOError:
                 continue
             self._looks = _MOST_LOOKS
             return box
         self._vain_looks = (self._vain_looks + 1) % _LOOK_AGAIN
         self._looks = self._looks // 2 if self._vain_looks else _MOST_LOOKS
-        return [*starmap(self.recvmsg, WAITING)]
+        return [*starmap(self.recvmsg, (WAITING,))]
 
     def keep(self, box: list[Packet]) -> None:
         """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
@@ -219,11 +223,10 @@ class Inlet:
 
         For the only reader.
         """
-        plain = 0
-        for one in islice(self.ready, most - len(into)):
-            if one.__class__ is not bytes:
-                break
-            plain += 1
+        waiting = [*islice(self.ready, most - len(into))]
+        plain = (
+            len(waiting) if {bytes}.issuperset(map(type, waiting)) else sum(1 for _ in takewhile(_is_plain, waiting))
+        )
         into.extend(starmap(self.ready.popleft, repeat((), plain)))  # type: ignore[arg-type]
         if self.waker and not self.holding:
             self.waker.clear()
@@ -309,6 +312,10 @@ class Inlet:
         self.lock = threading.RLock()
         self.receiving = False
         self.close()
+
+
+def _is_plain(one: Incoming | Spill) -> bool:
+    return one.__class__ is bytes
 
 
 class _Waker:

@@ -1,7 +1,8 @@
 """The ledger of a queue: who has put and taken how much, in memory that all its processes share.
 
 There is no lock in it. Every process has a cell of its own, the only one it writes to; sums over the
-cells give the queue's counts. Which cells are in use the kernel knows: a process holds a record lock
+cells give the queue's counts. An entry is changed by a statement without a call in it: neither another thread of the
+process nor a signal's handler comes between. Which cells are in use the kernel knows: a process holds a record lock
 on the byte of the same number in the ledger's file, through an open file description that nobody
 else has, so the lock ends with the process, however it ends.
 
@@ -31,8 +32,8 @@ CELLS = 1024
 _WORDS = 8
 SIZE = CELLS * _WORDS * 8
 
-BEGUN, DELIVERED, _TAKEN, _TAKING, _FORGIVEN = range(5)
-_STATE, _DETOUR = 0, 1
+BEGUN, DELIVERED, TAKEN, _TAKING, _FORGIVEN = range(5)
+STATE, DETOUR = 0, 1
 #: struct flock, as F_OFD_SETLK takes it on 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
 
@@ -50,7 +51,7 @@ _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 class Ledger:
     """One process's view of a queue's ledger. Owns its descriptor."""
 
-    __slots__ = ("__weakref__", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "_words", "ahead", "base", "lock")
+    __slots__ = ("__weakref__", "_fd", "_lock_fd", "_reclaimed_at", "_settle", "ahead", "base", "lock", "words")
 
     def __init__(self, fd: int, settle: Callable[[int, int], None]) -> None:
         self._fd = fd
@@ -62,11 +63,12 @@ class Ledger:
         self.ahead = 0
         #: Called for a dead process: how many messages it had begun and not delivered, and was taking.
         self._settle = settle
-        #: Held while this process's cell changes. Reentrant: a signal's handler may use the queue.
+        #: Held while a cell is claimed or settled. Reentrant: a signal's handler may use the queue.
         self.lock: threading.RLock = threading.RLock()
         #: When this process last looked for dead ones (monotonic seconds).
         self._reclaimed_at = -math.inf
-        self._words = _segment.map_whole(fd, SIZE).cast("Q")
+        #: The entries of all cells.
+        self.words: memoryview = _segment.map_whole(fd, SIZE).cast("Q")
         _ledgers.add(self)
 
     def fileno(self) -> int:
@@ -81,9 +83,9 @@ class Ledger:
                 self._claim()
 
     def own_cell(self) -> memoryview:
-        """This process's cell, from ``BEGUN`` on; hold ``lock`` while changing it."""
+        """This process's cell, from ``BEGUN`` on."""
         base = self.base or self._claim()
-        return self._words[base : base + _WORDS]
+        return self.words[base : base + _WORDS]
 
     def put(self, send: Callable[[bytes, int], int], frame: bytes, flags: int) -> bool:
         """Enter a message and hand it to the kernel by ``send(frame, flags)``, the usual case at one go.
@@ -91,53 +93,44 @@ class Ledger:
         False, and nothing entered, where the queue was shut down. Raises what ``send`` raises, and
         nothing is entered then; or what a signal's handler raises, with the entries as they should be.
         """
-        with self.lock:
-            words, base = self._words, self.base or self._claim()
-            sent = 0
-            # Entered before the state is looked at: whoever shuts the queue down looks the other way round.
-            words[base + BEGUN] += 1
-            try:
-                if not words[_STATE]:
-                    [sent] = map(send, (frame,), (flags,))
-                    words[base + DELIVERED] += 1
-                    return True
-            finally:
-                if not sent:
-                    words[base + BEGUN] -= 1
+        words, base = self.words, self.base or self._claim()
+        sent = 0
+        # Entered before the state is looked at: whoever shuts the queue down looks the other way round.
+        words[base + BEGUN] += 1
+        try:
+            if not words[STATE]:
+                [sent] = map(send, (frame,), (flags,))
+                words[base + DELIVERED] += 1
+                return True
+        finally:
+            if not sent:
+                words[base + BEGUN] -= 1
         return False
 
     def deliver(self, count: int = 1) -> None:
         """The kernel has ``count`` messages that were begun."""
-        with self.lock:
-            self._words[(self.base or self._claim()) + DELIVERED] += count
+        self.words[(self.base or self._claim()) + DELIVERED] += count
 
     def cancel(self) -> None:
         """A message that was begun is not put after all."""
-        with self.lock:
-            self._words[self.base + BEGUN] -= 1
+        self.words[self.base + BEGUN] -= 1
 
     def take(self, taking: int, taken: int = 0) -> None:
         """Enter that this process is about to take so many messages more (or fewer), and has taken so many.
 
         Where a signal's handler raises, nothing is entered.
         """
-        entered = False
-        try:
-            with self.lock:
-                words, base = self._words, self.base or self._claim()
-                # Both at once: no call comes between.
-                words[base + _TAKING] += taking
-                words[base + _TAKEN] += taken
-                entered = True
-        except BaseException:
-            if entered:
-                with self.lock:
-                    self._words[self.base + _TAKING] -= taking
-                    self._words[self.base + _TAKEN] -= taken
-            raise
+        words, base = self.words, self.base or self._claim()
+        # Both at once: no call comes between.
+        words[base + _TAKING] += taking
+        words[base + TAKEN] += taken
 
     def _claim(self) -> int:
         """Find a cell that no living process holds, settle what its last owner owed, and make it ours."""
+        with self.lock:
+            return self.base or self._claim_anew()
+
+    def _claim_anew(self) -> int:
         if self._lock_fd < 0:
             # Another open file description: the lock must be this process's alone.
             opened: list[int] = []
@@ -183,17 +176,17 @@ class Ledger:
 
     def _owes(self, cell: int) -> bool:
         base = cell * _WORDS
-        return self._words[base + BEGUN] != self._words[base + DELIVERED] or self._words[base + _TAKING] != 0
+        return self.words[base + BEGUN] != self.words[base + DELIVERED] or self.words[base + _TAKING] != 0
 
     def _settle_cell(self, cell: int) -> None:
-        words, base = self._words, cell * _WORDS
+        words, base = self.words, cell * _WORDS
         undelivered = words[base + BEGUN] - words[base + DELIVERED]
         taking = words[base + _TAKING]
         if undelivered or taking:
             self._settle(undelivered, taking)
             words[base + _FORGIVEN] += undelivered
             words[base + BEGUN] = words[base + DELIVERED]
-            words[base + _TAKEN] += taking
+            words[base + TAKEN] += taking
             words[base + _TAKING] = 0
 
     @property
@@ -203,7 +196,7 @@ class Ledger:
 
     def count(self) -> int:
         """Messages in the queue: put by anybody, and taken by nobody yet. Exact while nobody is at it."""
-        return max(0, sum(self._column(BEGUN)) - sum(self._column(_TAKEN)))
+        return max(0, sum(self._column(BEGUN)) - sum(self._column(TAKEN)))
 
     def undelivered(self) -> int:
         """Messages that wait in the backlogs of living processes."""
@@ -211,28 +204,23 @@ class Ledger:
         return sum(max(0, b - d) for b, d in zip(self._column(BEGUN), self._column(DELIVERED), strict=True))
 
     def _column(self, word: int) -> memoryview:
-        return self._words[_WORDS + word :: _WORDS]
+        return self.words[_WORDS + word :: _WORDS]
 
     @property
     def state(self) -> int:
         """``OPEN``, ``SHUT`` or ``DISCARDED``."""
-        return self._words[_STATE]
+        return self.words[STATE]
 
     def set_state(self, state: int) -> None:
-        self._words[_STATE] = state
-
-    @property
-    def changed(self) -> bool:
-        """Whether the queue is not just open, with everything in order in its socket."""
-        return bool(self._words[_STATE] or self._words[_DETOUR])
+        self.words[STATE] = state
 
     @property
     def detour(self) -> int:
         """Whether older messages may wait in the queue's front lane; a hint, which may be wrong."""
-        return self._words[_DETOUR]
+        return self.words[DETOUR]
 
     def set_detour(self, detour: bool) -> None:
-        self._words[_DETOUR] = detour
+        self.words[DETOUR] = detour
 
     # -- ends --------------------------------------------------------------------------------
 

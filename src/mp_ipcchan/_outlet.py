@@ -16,23 +16,28 @@ import select
 import socket
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
-from itertools import islice, repeat, starmap
+from collections.abc import Callable, Iterable
+from itertools import accumulate, islice, repeat, starmap, takewhile
 
 from . import _drainer
 from ._deadline import deadline_in, remaining, wait_for
 from ._message import Message, Outgoing
 from ._transport._frame import pack
 from ._transport._spill import Spill
-from ._transport.unix import MSG_NOSIGNAL, transmit
+from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
 
 #: What waits is packed into packets of about this size (bytes). Measured: larger ones gain nothing.
 PACK_SIZE = 16384
 #: No more messages than this are packed together, however small.
 _MOST_PACKED = 2048
 #: How much more must wait (bytes) before a sender tries again: an attempt costs a system call.
-_STEP = 512
+_STEP = 2048
+#: How many messages go out one packet each in one go.
+_MOST_IN_A_RUN = 64
+#: A sender who sends at least so many at once is taken to send many more.
+_BUSY = 8
 #: How long to wait (seconds) where the kernel can't tell when to try again.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
@@ -55,6 +60,7 @@ class Outlet:
         "_waiting",
         "backlog",
         "delivered",
+        "helped",
         "lock",
         "packs",
         "recycles",
@@ -69,10 +75,10 @@ class Outlet:
         self.backlog: deque[Outgoing] = deque()
         #: Whether the backlog is being sent, by whoever holds the lock.
         self._busy = False
-        #: Holds something while what is staged was sent, and not yet removed from the backlog.
+        #: Has an element for each packet of what is staged that was sent, and not yet removed from the backlog.
         self._acks: list[object] = []
-        #: What ``_next`` said. Kept when the kernel refuses: it needn't be packed again.
-        self._staged: tuple[int, int, Outgoing, Outgoing] | None = None
+        #: What ``_next`` said. A packet is kept when the kernel refuses: it needn't be packed again.
+        self._staged: tuple[list[Outgoing], Outgoing | None] | None = None
         #: Bytes in the backlog.
         self._waiting = 0
         #: Appending tries to send again once this many bytes wait.
@@ -84,6 +90,8 @@ class Outlet:
         self.packs: bool = False
         #: Whether segments may be used again once their reader seems done. Never where the reader isn't trusted.
         self.recycles: bool = True
+        #: Whether a sender sends so much that what waits need not be seen to: it does that itself, in packs.
+        self.helped: bool = False
         #: Called with the number of messages that have left the backlog, sent or dropped.
         self.delivered: Callable[[int], None] | None = None
         #: Held while the backlog changes. Reentrant: a signal's handler may send, too.
@@ -201,16 +209,18 @@ class Outlet:
             if not served:
                 self.spill()
             elif self._waiting >= self._retry_at:
-                # The sender lends a hand, or it would keep the interpreter to itself while the reader starves.
+                # The sender lends a hand, or it would keep the interpreter to itself while the reader starves. Where
+                # messages are packed it leaves the last: what it sends next then waits for the next pack, and doesn't
+                # cost a packet each. When it stops, the thread sends what is left.
                 try:
-                    self.drain()
+                    self.drain(leave=1 if self.packs else 0)
                 except OSError:
                     # The receiver is gone; the next ``send`` will say so.
                     pass
                 self._retry_at = self._waiting + _STEP
 
-    def drain(self) -> bool:
-        """Send what the kernel takes now; whether nothing waits any more.
+    def drain(self, leave: int = 0) -> bool:
+        """Send what the kernel takes now, but for the last ``leave`` messages; whether nothing waits any more.
 
         Raises ``OSError`` where the receiver is gone; what waited is dropped then.
         """
@@ -226,9 +236,13 @@ class Outlet:
                 if self._acks:
                     self._recover()
                 while True:
-                    if not self.backlog:
+                    if len(self.backlog) <= leave:
                         break
-                    gone += self._send_first()
+                    try:
+                        self._send_first(leave)
+                    finally:
+                        if self._acks:
+                            gone += self._remove_sent()
             except OSError as error:
                 if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
                     self._refusal = error.errno
@@ -241,18 +255,34 @@ class Outlet:
                     self._pause = _SHORTEST_PAUSE
                     if self.delivered:
                         self.delivered(gone)
+                    if leave and gone >= _BUSY:
+                        self.helped = True
+            if self.backlog:
+                return False
             self._finish()
         return True
 
-    def _send_first(self) -> int:
-        """Send the packet that is next, and remove what is in it; how many messages."""
+    def _send_first(self, leave: int) -> None:
+        """Send the packet, or the packets, that are next; ``_acks`` has how many went, whatever is raised."""
         if self._staged is None:
-            self._staged = self._next()
-        count, size, _, packet = self._staged
+            self._staged = self._next(leave)
         # Sent and noted in one C call: where a signal's handler raises behind it, the note tells.
-        transmit(self._sock, packet, self._acks)
-        self._waiting -= size
+        items, packet = self._staged
+        if packet is None:
+            self._acks.extend(map(self.send_raw, items, repeat(SEND_FLAGS)))  # type: ignore[arg-type]
+        else:
+            transmit(self._sock, packet, self._acks)
+
+    def _remove_sent(self) -> int:
+        """Remove what was sent from the backlog; how many messages."""
+        items, packet = self._staged or ([], None)
+        count = len(self._acks) if packet is None else len(items)
+        if not 0 < count <= len(self.backlog) or self.backlog[count - 1] is not items[count - 1]:
+            # A signal's handler raised when it was removed already.
+            count = 0
+        size = sum(map(len, items[:count]))
         self._remove(count)
+        self._waiting -= size
         self._staged = None
         self._acks.clear()
         if isinstance(packet, Message):
@@ -265,34 +295,29 @@ class Outlet:
 
     def _recover(self) -> None:
         """A signal's handler raised when a packet had been sent and not been removed: remove it now."""
-        count, _, last, packet = self._staged or (0, 0, b"", b"")
-        if 0 < count <= len(self.backlog) and self.backlog[count - 1] is last:
-            self._remove(count)
-            if isinstance(packet, Message):
-                packet.sent()
-            if self.delivered:
-                self.delivered(count)
+        count = self._remove_sent()
         self._waiting = sum(map(len, self._first(None)))
-        self._staged = None
-        self._acks.clear()
+        if count and self.delivered:
+            self.delivered(count)
 
     def _finish(self) -> None:
         _drainer.remove(self)
         self._emptied()
 
-    def _next(self) -> tuple[int, int, Outgoing, Outgoing]:
-        """What to send next: how many messages, their bytes, the last of them, and the packet that they make."""
-        first = self.backlog[0]
-        if not self.packs or isinstance(first, Message):
-            return 1, len(first), first, first
-        batch: list[bytes] = []
-        size = 0
-        for item in self._first(_MOST_PACKED):
-            if isinstance(item, Message) or (batch and size + len(item) > PACK_SIZE):
-                break
-            batch.append(item)
-            size += len(item)
-        return len(batch), size, batch[-1], first if len(batch) == 1 else pack(batch)
+    def _next(self, leave: int) -> tuple[list[Outgoing], Outgoing | None]:
+        """What to send next: messages, and the packet that they make, or None where each makes one."""
+        most = min(len(self.backlog) - leave, _MOST_PACKED if self.packs else _MOST_IN_A_RUN)
+        items = self._first(most)
+        if not _all_plain(items):
+            plain = [*takewhile(_is_plain, items)]
+            if not plain:
+                return items[:1], items[0]
+            items = plain
+        if not self.packs:
+            return items, None
+        # As many as fit, and one at least.
+        del items[max(1, bisect_right([*accumulate(map(len, items))], PACK_SIZE)) :]
+        return items, items[0] if len(items) == 1 else pack(items)  # type: ignore[arg-type]
 
     def _first(self, most: int | None) -> list[Outgoing]:
         """The first items of the backlog, as a copy: a handler or a finaliser may append to it meanwhile."""
@@ -372,7 +397,7 @@ class Outlet:
 
     def reset_after_fork(self) -> None:
         self.lock = threading.RLock()
-        self._busy = False
+        self._busy = self.helped = False
         while self.backlog:
             item = self.backlog.popleft()
             if not isinstance(item, bytes):
@@ -383,6 +408,15 @@ class Outlet:
 
 
 def _nothing() -> None: ...
+
+
+def _is_plain(item: Outgoing) -> bool:
+    return item.__class__ is bytes
+
+
+def _all_plain(items: Iterable[Outgoing]) -> bool:
+    # No step of it in Python.
+    return {bytes}.issuperset(map(type, items))
 
 
 def _sent(item: Outgoing) -> None:

@@ -22,7 +22,7 @@ from ._deadline import deadline_in, remaining
 from ._delivery import Delivery
 from ._ends import LOOK_EVERY, Ends
 from ._inlet import ShutMark
-from ._ledger import DISCARDED, SHUT
+from ._ledger import DETOUR, DISCARDED, SHUT, STATE, TAKEN
 from ._message import Incoming, Outgoing
 from ._transport._spill import lower_limit
 from ._transport.unix import SEND_FLAGS
@@ -128,6 +128,8 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         # Others wait for these: multiprocessing.connection.wait, and the stdlib's executors.
         self._reader, self._writer = ends.reader, ends.writer
         self._inlet = ends.reader._link.inlet
+        self._outlet = ends.writer._link.outlet
+        self._ledger, self._plain = books.ledger, books.plain
         self._closed = False
         #: Whether this process has put anything, for ``empty`` after ``close``.
         self._used = False
@@ -144,31 +146,45 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         """Put ``obj``. Raises what pickling raises; ``queue.Full`` where there is no slot in time (seconds)
         or, without ``block``, now; ``ShutDown``; ``ValueError`` after ``close``.
         """
-        self._check_open()
-        self._put(_codec.encode(obj), block, deadline_in(timeout) if block else None)
-
-    def _put(self, item: Outgoing, block: bool, deadline: float | None) -> None:
-        books, outlet = self._books, self._writer._link.outlet
-        if not self._used:
-            self._used = True
-            lower_limit(self._writer._link.sock)
-        if isinstance(item, bytes) and books.plain and not outlet.backlog:
+        if self._closed:
+            self._check_open()
+        item = _codec.encode(obj)
+        outlet = self._outlet
+        if item.__class__ is bytes and self._plain and self._used and not outlet.backlog:
             # The usual case, at one go.
             try:
-                if books.ledger.put(outlet.send_raw, item, SEND_FLAGS):
+                if self._ledger.put(outlet.send_raw, item, SEND_FLAGS):
                     return
             except BlockingIOError:
                 pass
-        books.put(outlet, item, block, deadline)
+        self._put(item, block, deadline_in(timeout) if block else None)
+
+    def _put(self, item: Outgoing, block: bool, deadline: float | None) -> None:
+        if not self._used:
+            self._used = True
+            lower_limit(self._writer._link.sock)
+        self._books.put(self._outlet, item, block, deadline)
 
     def put_nowait(self, obj: T) -> None:
         """``put(obj, False)``."""
         self.put(obj, False)
 
     def put_many(self, objs: Iterable[T]) -> None:
-        """Put each of ``objs``, in order; where one fails, those before it are in the queue."""
+        """Put each of ``objs``, in order, as it comes; where one fails, those before it are in the queue."""
+        self._check_open()
+        encode, ledger, outlet, direct = _codec.encode, self._ledger, self._outlet, self._plain
+        put, send = ledger.put, outlet.send_raw
         for obj in objs:
-            self.put(obj)
+            item = encode(obj)
+            if self._closed:
+                self._check_open()
+            if item.__class__ is bytes and direct and self._used and not outlet.backlog:
+                try:
+                    if put(send, item, SEND_FLAGS):
+                        continue
+                except BlockingIOError:
+                    pass
+            self._put(item, True, None)
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -176,12 +192,16 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         """Take a message. Raises ``queue.Empty`` where there is none in time (seconds) or, without ``block``,
         now; ``ShutDown``; ``ValueError`` after ``close``.
         """
-        self._check_open()
-        deadline = deadline_in(timeout) if block and timeout is not None else None
-        books = self._books
-        ledger = books.ledger
-        direct = books.plain and ledger.base > 0 and not ledger.changed and self._reader._handle is not None
-        return self._deliver(self._inlet, direct, block, deadline)  # type: ignore[no-any-return]
+        if self._closed:
+            self._check_open()
+        deadline = None if timeout is None or not block else deadline_in(timeout)
+        ledger = self._ledger
+        words, base = ledger.words, ledger.base
+        # Open, with everything in order in its socket, and nothing to count but what the ledger does.
+        direct = (
+            self._plain and base > 0 and not words[STATE] and not words[DETOUR] and self._reader._handle is not None
+        )
+        return self._deliver(self._inlet, direct, block, deadline, None, words, base + TAKEN)  # type: ignore[no-any-return]
 
     def get_nowait(self) -> T:
         """``get(False)``."""

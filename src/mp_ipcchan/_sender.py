@@ -79,7 +79,8 @@ class SenderBase(Endpoint, Generic[T_contra]):
         outlet = self._open_link().outlet
         item = self._message(obj)
         try:
-            sent = outlet.try_send(item)
+            # What waits may only be the rest of a burst.
+            sent = outlet.drain() and outlet.try_send(item)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ReceiverGone(error.errno, "the receiver is gone") from error
         if not sent:
@@ -93,21 +94,28 @@ class SenderBase(Endpoint, Generic[T_contra]):
         Raises what ``send`` raises; the messages before the one that failed are sent.
         """
         outlet = self._open_link().outlet
+        encode = self._encode
         batch: list[bytes] = []
         size = 0
         try:
             try:
                 for obj in objs:
-                    item = self._message(obj)
-                    if size + len(item) > PACK_SIZE or not isinstance(item, bytes):
+                    try:
+                        item = encode(obj)
+                    except Exception as error:
+                        self._report(obj, error)
+                        raise
+                    plain = item.__class__ is bytes
+                    size += len(item)
+                    if size > PACK_SIZE or not plain:
                         # Forgotten first: where a signal's handler raises, it may have been sent.
-                        full, batch, size = batch, [], 0
+                        full, batch, size = batch, [], len(item)
                         outlet.send_all(full)
-                    if isinstance(item, bytes):
-                        batch.append(item)
-                        size += len(item)
+                    if plain:
+                        batch.append(item)  # type: ignore[arg-type]
                     else:
                         outlet.send(item)
+                        size = 0
             finally:
                 outlet.send_all(batch)
         except (BrokenPipeError, ConnectionResetError) as error:

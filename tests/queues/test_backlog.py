@@ -38,6 +38,31 @@ def test_one_thread_sends_all_before_it_receives_any() -> None:
         assert [rx.recv(LIMIT) for _ in range(MANY)] == list(range(MANY))
 
 
+def test_rest_of_a_burst_arrives_by_itself() -> None:
+    """A sender in a burst sends in packs. What it has left behind when it stops arrives without another call."""
+    for burst in (300, 1_000, 5_000):
+        tx, rx = channel()
+        received: list[int] = []
+        reader = threading.Thread(target=lambda: received.extend(rx.recv() for _ in range(burst)), daemon=True)
+        with tx, rx:
+            reader.start()
+            for number in range(burst):
+                tx.send(number)
+            reader.join(LIMIT)
+            assert received == list(range(burst))
+
+
+def test_try_send_after_a_burst() -> None:
+    """Where the kernel has room again, what a burst has left behind is no reason to refuse."""
+    tx, rx = channel()
+    with tx, rx:
+        for number in range(2_000):
+            tx.send(number)
+        assert [rx.recv(LIMIT) for _ in range(2_000)] == list(range(2_000))
+        tx.try_send(2_000)
+        assert rx.recv(LIMIT) == 2_000
+
+
 def test_put_many_goes_on_behind_what_waits(queue: Queue[int]) -> None:
     """``put_many`` and ``get_many`` keep the order beside ``put`` and ``get``."""
     half = MANY // 2

@@ -145,8 +145,8 @@ def _holds_table(frame: Frame) -> bool:
 
 def slices(start: int, lengths: Sequence[int]) -> Iterator[slice]:
     """Where each of several stretches of bytes lies, back to back from ``start``."""
-    for end, size in zip(accumulate(lengths, initial=start), lengths, strict=False):
-        yield slice(end, end + size)
+    ends = [*accumulate(lengths, initial=start)]
+    return map(slice, ends, ends[1:])
 
 
 def pack(frames: Sequence[bytes]) -> bytes:
@@ -156,7 +156,7 @@ def pack(frames: Sequence[bytes]) -> bytes:
 
 def unpack(frame: Frame, packet: bytes) -> list[bytes]:
     """The plain frames of a packet that ``pack`` made."""
-    frames = [packet[where] for where in slices(frame.start, frame.lengths)]
+    frames = [*map(packet.__getitem__, slices(frame.start, frame.lengths))]
     if not all(map(bytes.startswith, frames, repeat(PLAIN))):
         raise ProtocolError("a packet of packed messages holds something else")
     return frames

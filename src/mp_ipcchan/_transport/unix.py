@@ -42,8 +42,8 @@ MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 
 _SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)
 #: Arguments of ``recvmsg``: one set that waits as long as it takes, one that never does.
-WAITING = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC)),)
-AT_ONCE = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)),)
+WAITING = (PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC))
+AT_ONCE = (PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT))
 #: Looks at the descriptors of the next packet, and leaves it there.
 PEEK = (1, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT | socket.MSG_PEEK))
 PEEK_ALL = ((PACKET_SIZE, _SPACE, PEEK[2]),)
