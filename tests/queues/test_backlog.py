@@ -38,18 +38,18 @@ def test_one_thread_sends_all_before_it_receives_any() -> None:
         assert [rx.recv(LIMIT) for _ in range(MANY)] == list(range(MANY))
 
 
-def test_rest_of_a_burst_arrives_by_itself() -> None:
+@pytest.mark.parametrize("burst", [300, 1_000, 5_000])
+def test_rest_of_a_burst_arrives_by_itself(burst: int) -> None:
     """A sender in a burst sends in packs. What it has left behind when it stops arrives without another call."""
-    for burst in (300, 1_000, 5_000):
-        tx, rx = channel()
-        received: list[int] = []
-        reader = threading.Thread(target=lambda: received.extend(rx.recv() for _ in range(burst)), daemon=True)
-        with tx, rx:
-            reader.start()
-            for number in range(burst):
-                tx.send(number)
-            reader.join(LIMIT)
-            assert received == list(range(burst))
+    tx, rx = channel()
+    received: list[int] = []
+    reader = threading.Thread(target=lambda: received.extend(rx.recv(LIMIT) for _ in range(burst)))
+    with tx, rx:
+        reader.start()
+        for number in range(burst):
+            tx.send(number)
+        reader.join()
+        assert received == list(range(burst))
 
 
 def test_try_send_after_a_burst() -> None:
