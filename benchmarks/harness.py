@@ -30,11 +30,13 @@ from importlib.util import find_spec
 from itertools import repeat
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from .floors import Floor
 from .shapes import Shape
-from .systems import System
+from .systems import SURVEYED, System
 
 #: After a round's limit (seconds), how long until what still hangs is killed by the kernel or interrupted.
 _GRACE = 5.0
@@ -70,21 +72,31 @@ class Outcome:
     figures: list[float] = field(default_factory=list)
     #: The processor time of a message or round trip (microseconds), all processes together, one a round.
     cpu: list[float] = field(default_factory=list)
+    #: The unit of the figures, where they are not a shape's.
+    unit: str | None = None
+    #: How much the processes that send, and those that receive, grew at most (bytes), one pair a round.
+    memory: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Times:
-    """What a round took, in seconds."""
+    """What a round took, in seconds, and how much the processes grew meanwhile, in bytes."""
 
     elapsed: float
     cpu: float
+    sender: int = 0
+    receiver: int = 0
 
 
 def run_shape(
-    shape: Shape, systems: list[System], rounds: int, limit: float, progress: Callable[[str], None]
+    shape: Shape, systems: list[System | Floor], rounds: int, limit: float, progress: Callable[[str], None]
 ) -> list[Outcome]:
     """Measure ``systems`` in ``shape``, interleaved, so that what else the machine does meets all alike."""
-    entries = [(system, Outcome(system.name, system.baseline)) for system in systems if system.fits(shape)]
+    entries = [
+        (system, Outcome(system.name, system.baseline))
+        for system in systems
+        if system.fits(shape) and (not shape.survey or system.name in SURVEYED)
+    ]
     for system, outcome in entries:
         progress(f"{shape.name}: calibrating {system.name}")
         absent = [name for name in (system.module, shape.payload.module) if name and find_spec(name) is None]
@@ -107,10 +119,11 @@ def run_shape(
             else:
                 outcome.figures.append(shape.figure(outcome.count, times.elapsed))
                 outcome.cpu.append(times.cpu / outcome.count * 1e6)
+                outcome.memory.append((times.sender, times.receiver))
     return [outcome for _, outcome in entries]
 
 
-def calibrate(system: System, shape: Shape, limit: float) -> int:
+def calibrate(system: System | Floor, shape: Shape, limit: float) -> int:
     """How many messages make a round as long as ``shape`` wants it."""
     share = shape.producers * shape.consumers
     # Some queues are unbounded: in the worst case all messages of a round wait in memory.
@@ -128,11 +141,17 @@ def calibrate(system: System, shape: Shape, limit: float) -> int:
             return count
 
 
-def measure(system: System, shape: Shape, count: int, limit: float) -> Times:
+def measure(system: System | Floor, shape: Shape, count: int, limit: float) -> Times:
     """The time that ``count`` messages took; ``count`` is a multiple of producers times consumers.
 
     Raises ``RoundError``, after at most ``limit`` seconds and a little.
     """
+    if isinstance(system, Floor):
+        try:
+            elapsed, cpu = system.run(shape, count, limit)
+        except Exception as error:
+            raise RoundError(_last_line(error), traceback.format_exc()) from error
+        return Times(elapsed, cpu)
     try:
         with _interrupt_after(limit + _GRACE):
             try:
@@ -142,9 +161,9 @@ def measure(system: System, shape: Shape, count: int, limit: float) -> Times:
                         crew.start(name, role)
                     crew.gather("warming up")
                     crew.release()
-                    moments = crew.gather("sending and receiving")
+                    moments = [moment for report in crew.gather("sending and receiving") for moment in report]
                     crew.release()
-                    cpu = crew.gather("reporting")
+                    usage = crew.gather("reporting")
                     crew.join()
             finally:
                 system.close()
@@ -152,7 +171,12 @@ def measure(system: System, shape: Shape, count: int, limit: float) -> Times:
         raise
     except Exception as error:
         raise RoundError(f"{_last_line(error)}, in the parent", traceback.format_exc()) from error
-    return Times(max(moments) - min(moments), sum(cpu))
+    # Receivers were started first.
+    receivers = 1 if shape.round_trip else shape.consumers
+    grown = [int(growth) for _, growth in usage]
+    return Times(
+        max(moments) - min(moments), sum(cpu for cpu, _ in usage), sum(grown[receivers:]), sum(grown[:receivers])
+    )
 
 
 @contextmanager
@@ -180,24 +204,38 @@ class _Gate:
     def __init__(self, line: Connection) -> None:
         self._line = line
         self._cpu = 0.0
+        self._size = 0
 
     def wait(self) -> None:
         """Report that this child is ready, and wait for the start."""
         self._line.send(())
         self._line.recv()
+        self._size = resident(peak=False)
         self._cpu = time.process_time()
 
     def finish(self, *moments: float) -> None:
-        """Report ``moments``, wait until all have, and then report the processor time since the start.
+        """Report ``moments``, wait until all have, and then the processor time and the growth since the start.
 
         Until then threads may still be sending what this child has put.
         """
         self._line.send(moments)
         self._line.recv()
-        self._line.send((time.process_time() - self._cpu,))
+        self._line.send((time.process_time() - self._cpu, max(0, resident(peak=True) - self._size)))
 
     def fail(self, error: Exception) -> None:
         self._line.send(RoundError(_last_line(error), traceback.format_exc()))
+
+
+def resident(*, peak: bool) -> int:
+    """The memory that this process has in use (bytes), or the most it had since it asked last without ``peak``."""
+    if not peak:
+        # Begins to count the most anew.
+        Path("/proc/self/clear_refs").write_text("5")
+    name = "VmHWM:" if peak else "VmRSS:"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 _Role = Callable[[_Gate], None]
@@ -227,11 +265,11 @@ def _consume(system: System, shape: Shape, index: int, count: int, gate: _Gate) 
 
 def _produce(system: System, shape: Shape, count: int, gate: _Gate) -> None:
     send = system.sender()
-    obj = shape.payload.build()
-    send(obj, shape.warm_up * shape.consumers)
+    send(shape.payload.messages(shape.warm_up * shape.consumers))
+    messages = shape.payload.messages(count // shape.producers)
     gate.wait()
     start = time.monotonic()
-    send(obj, count // shape.producers)
+    send(messages)
     gate.finish(start)
 
 
@@ -317,9 +355,9 @@ class _Crew:
         theirs.close()
         self._members.append(_Member(name, process, ours, stacks))
 
-    def gather(self, step: str) -> list[float]:
-        """One report from each child; the moments in them."""
-        moments: list[float] = []
+    def gather(self, step: str) -> list[tuple[float, ...]]:
+        """One report from each child, in the order in which they were started."""
+        reports: dict[str, tuple[float, ...]] = {}
         missing = {member.line: member for member in self._members}
         while missing:
             ready = wait(list(missing), max(0.0, self._deadline - time.monotonic()))
@@ -335,8 +373,8 @@ class _Crew:
                     raise RoundError(f"{member.name} died while {step}, exit code {member.process.exitcode}") from None
                 if isinstance(report, RoundError):
                     raise RoundError(f"{report} in {member.name}, while {step}", report.detail)
-                moments += report
-        return moments
+                reports[member.name] = report
+        return [reports[member.name] for member in self._members]
 
     def release(self) -> None:
         """Let every child go on, in the order in which they were started."""

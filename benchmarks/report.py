@@ -11,13 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from os import cpu_count
 from typing import Any
 
+from .cases import Case
 from .harness import Outcome
-from .shapes import Shape
+from .shapes import MiB, Shape
 
-_PACKAGES = ("mp_ipcchan", "numpy", "faster-fifo", "pyzmq")
+_PACKAGES = ("mp_ipcchan", "numpy", "faster-fifo", "pyzmq", "loky", "billiard", "joblib", "torch")
 
 
-def baselines(shape: Shape, outcomes: Iterable[Outcome]) -> dict[str, Outcome]:
+def baselines(shape: Shape | Case, outcomes: Iterable[Outcome]) -> dict[str, Outcome]:
     """The systems that others are compared with, by the names of their columns.
 
     Where several share a name (the socket types of pyzmq), the fastest in this shape is taken.
@@ -32,23 +33,29 @@ def baselines(shape: Shape, outcomes: Iterable[Outcome]) -> dict[str, Outcome]:
     }
 
 
-def ratios(shape: Shape, outcome: Outcome, base: Outcome) -> list[float]:
+def ratios(shape: Shape | Case, outcome: Outcome, base: Outcome) -> list[float]:
     """How many times as fast as ``base``, round by round: both met the same noise in a round."""
     pairs = zip(outcome.figures, base.figures, strict=True)
     return [theirs / ours if shape.lower_is_better else ours / theirs for ours, theirs in pairs]
 
 
-def table(shape: Shape, outcomes: Sequence[Outcome]) -> str:
+def table(shape: Shape | Case, outcomes: Sequence[Outcome]) -> str:
     """The table of one shape, with what went wrong below it."""
     bases = baselines(shape, outcomes)
-    rows = [["system", "median", "min - max", "CPU us", *(f"x {name}" for name in bases)]]
+    extras = ["CPU us"] if isinstance(shape, Shape) else []
+    if isinstance(shape, Shape) and shape.in_bytes:
+        extras += ["sender MiB", "receiver MiB"]
+    rows = [["system", "median", "min - max", *extras, *(f"x {name}" for name in bases)]]
     for outcome in outcomes:
         if outcome.failed or outcome.skipped:
             rows.append([outcome.system, "failed" if outcome.failed else "skipped"])
             continue
         low, high = min(outcome.figures), max(outcome.figures)
         row = [outcome.system, _number(statistics.median(outcome.figures)), f"{_number(low)} - {_number(high)}"]
-        row.append(_number(statistics.median(outcome.cpu)))
+        if extras:
+            row.append(_number(statistics.median(outcome.cpu)))
+        if len(extras) > 1:
+            row += [_number(statistics.median(grown) / MiB) for grown in zip(*outcome.memory, strict=True)]
         row += [f"{statistics.median(ratios(shape, outcome, base)):.2f}" for base in bases.values()]
         rows.append(row)
     notes = [f"{outcome.system} failed {outcome.failed}" for outcome in outcomes if outcome.failed]
@@ -63,7 +70,29 @@ def table(shape: Shape, outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def details(shape: Shape, outcomes: Iterable[Outcome]) -> str:
+def matrix(group: str, results: Sequence[tuple[Case, list[Outcome]]]) -> str:
+    """A table of many cases, of which each takes a line: ours, with its spread, beside the stdlib's."""
+    rows = [["case", "unit", "ours", "median", "min - max", "beside", "median", "min - max", "ratio"]]
+    notes = []
+    for case, outcomes in results:
+        row = [case.name, case.unit]
+        for outcome in outcomes[:2]:
+            row.append(outcome.system)
+            if outcome.failed or outcome.skipped:
+                notes.append(f"{case.name}, {outcome.system}: {outcome.failed or outcome.skipped}")
+                row += ["failed" if outcome.failed else "skipped", ""]
+            else:
+                row.append(_number(statistics.median(outcome.figures)))
+                row.append(f"{_number(min(outcome.figures))} - {_number(max(outcome.figures))}")
+        pair = [outcome for outcome in outcomes[:2] if outcome.figures and not outcome.failed]
+        if len(pair) == 2:
+            row.append(f"{statistics.median(ratios(case, *pair)):.2f}")
+        rows.append(row)
+    lines = [f"{group}: lower is better; the ratio is how many times as fast ours is", "", *_aligned(rows)]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def details(shape: Shape | Case, outcomes: Iterable[Outcome]) -> str:
     """Where the systems that failed did so."""
     return "\n".join(
         f"{shape.name}, {outcome.system} failed {outcome.failed}\n{outcome.detail}"
@@ -115,11 +144,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def as_json(shape: Shape, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def as_json(shape: Shape | Case, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """All of a shape's results: every round, not just the medians."""
     bases = baselines(shape, outcomes)
     return {
         "shape": shape.name,
+        "group": shape.group if isinstance(shape, Case) else "shapes",
         "title": shape.title,
         "unit": shape.unit,
         "lower_is_better": shape.lower_is_better,
@@ -137,6 +167,7 @@ def _outcome_as_json(shape: Shape, outcome: Outcome, bases: dict[str, Outcome]) 
         "count": outcome.count,
         "figures": outcome.figures,
         "cpu_us": outcome.cpu,
+        "grown_bytes": outcome.memory,
     }
     if result["status"] == "ok":
         result |= _summary(outcome.figures)

@@ -12,18 +12,19 @@ import itertools
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, Protocol
 
+from .floors import CopyFloor, Floor, PacketFloor
 from .shapes import MiB, Payload, Shape
 
 #: Messages in one call, where a system has calls for many.
 BATCH = 100
 
-#: ``send(obj, count)`` sends ``obj`` that many times.
-Send = Callable[[Any, int], None]
+#: ``send(objs)`` sends each of them.
+Send = Callable[[Iterable[Any]], None]
 #: ``receive(payload, count)`` receives that many messages, checks them as the payload says, and returns the last.
 Receive = Callable[[Payload, int], Any]
 
@@ -67,8 +68,8 @@ class System(Protocol):
 
 
 def one_by_one(put: Callable[[Any], object]) -> Send:
-    def send(obj: Any, count: int) -> None:
-        for _ in repeat(None, count):
+    def send(objs: Iterable[Any]) -> None:
+        for obj in objs:
             put(obj)
 
     return send
@@ -78,9 +79,17 @@ def each(get: Callable[[], Any]) -> Receive:
     def receive(payload: Payload, count: int) -> Any:
         check = payload.check if payload.check_each else None
         item = None
-        for _ in repeat(None, count):
-            item = get()
-            if check is not None:
+        if payload.numbered:
+            for expected in range(count):
+                item = get()
+                if item != expected:
+                    raise ValueError(f"received {item!r} where {expected} was next")
+        elif check is None:
+            for _ in repeat(None, count):
+                item = get()
+        else:
+            for _ in repeat(None, count):
+                item = get()
                 check(item)
         return item
 
@@ -88,24 +97,24 @@ def each(get: Callable[[], Any]) -> Receive:
 
 
 def in_batches(put_many: Callable[[list[Any]], object]) -> Send:
-    def send(obj: Any, count: int) -> None:
-        batch = [obj] * BATCH
-        full, rest = divmod(count, BATCH)
-        for _ in repeat(None, full):
+    def send(objs: Iterable[Any]) -> None:
+        rest = iter(objs)
+        while batch := list(islice(rest, BATCH)):
             put_many(batch)
-        if rest:
-            put_many(batch[:rest])
 
     return send
 
 
 def as_they_come(get_many: Callable[[int], list[Any]]) -> Receive:
-    def receive(_payload: Payload, count: int) -> Any:
+    def receive(payload: Payload, count: int) -> Any:
         items: list[Any] = []
-        while count:
+        received = 0
+        while received < count:
             # Never more than its share: what one consumer takes too many of, another waits for.
-            items = get_many(min(BATCH, count))
-            count -= len(items)
+            items = get_many(min(BATCH, count - received))
+            if payload.numbered and items != [*range(received, received + len(items))]:
+                raise ValueError(f"{received} was next, received {items!r}")
+            received += len(items)
         return items[-1]
 
     return receive
@@ -152,7 +161,7 @@ class QueueManySystem(QueueSystem):
     limit: str = "max_items"
 
     def fits(self, shape: Shape, /) -> bool:
-        return not shape.round_trip and not shape.large
+        return not shape.round_trip and shape.small
 
     def sender(self) -> Send:
         return in_batches(self._queues[0].put_many)
@@ -205,7 +214,7 @@ class ChannelManySystem(ChannelSystem):
     name: str = "channel (many)"
 
     def fits(self, shape: Shape, /) -> bool:
-        return super().fits(shape) and not shape.round_trip and not shape.large
+        return super().fits(shape) and not shape.round_trip and shape.small
 
     def sender(self) -> Send:
         return in_batches(self._senders[0].send_many)
@@ -282,14 +291,14 @@ class ZmqSystem(System):
         socket = zmq.Context.instance().socket(getattr(zmq, kind))
         # No limit makes PUSH strictly round-robin, so that each consumer gets its share. Arrays
         # are bounded, or all of a round would wait in memory at once.
-        socket.set_hwm(4 if self._shape.large else 0)
+        socket.set_hwm(4 if self._shape.in_bytes else 0)
         socket.setsockopt(zmq.RECONNECT_IVL, 1)
         if bind is not None:
             socket.bind(bind)
         else:
             for address in self._addresses:
                 socket.connect(address)
-        return _array_frames(socket) if self._shape.large else _plain_frames(socket)
+        return _array_frames(socket) if self._shape.in_bytes else _plain_frames(socket)
 
     def sender(self) -> Send:
         return one_by_one(self._ends(self.sending).put)
@@ -325,10 +334,34 @@ def _array_frames(socket: Any) -> Ends:
     return Ends(put, get)
 
 
+@dataclass
+class TorchSystem(QueueSystem):
+    """Torch's queue, which shares the memory of tensors: arrays travel as such."""
+
+    def fits(self, shape: Shape, /) -> bool:
+        return shape.one_to_one and shape.payload.module == "numpy"
+
+    def sender(self) -> Send:
+        put, share = super().sender(), importlib.import_module("torch").from_numpy
+
+        def send(objs: Iterable[Any]) -> None:
+            put(map(share, objs))
+
+        return send
+
+    def receiver(self, _index: int, /) -> Receive:
+        get = self._queues[0].get
+        return each(lambda: get().numpy())
+
+
 def _faster_fifo(shape: Shape) -> Any:
     # It must hold at least one message; its default is 1 MB, and four is what lets both sides work at once.
     size = max(MiB, 4 * shape.payload.nbytes)
     return importlib.import_module("faster_fifo").Queue(max_size_bytes=size)
+
+
+def _context(module: str) -> Any:
+    return importlib.import_module(module).get_context("fork")
 
 
 def _stock() -> Any:
@@ -340,7 +373,13 @@ def _ours() -> Any:
     return multiprocessing.get_context("ipcchan")
 
 
-def all_systems() -> list[System]:
+#: Those that run in the shapes that only survey: ours, the stdlib's, the fastest peers, the floors.
+SURVEYED = frozenset(
+    ("channel", "ctx.Queue", "ctx.Pipe", "mp.Queue", "mp.Pipe", "faster-fifo", "pyzmq PUSH/PULL", "C loop", "memcpy")
+)
+
+
+def all_systems() -> list[System | Floor]:
     """Every system, ours first, in the order in which a round runs them."""
     ours = "mp_ipcchan"
     fifo = "faster_fifo"
@@ -354,11 +393,13 @@ def all_systems() -> list[System]:
         QueueSystem("mp.Queue", lambda _: _stock().Queue(), baseline="mp.Queue"),
         QueueSystem("mp.SimpleQueue", lambda _: _stock().SimpleQueue(), baseline="mp.SimpleQueue"),
         PipeSystem("mp.Pipe", lambda duplex: _stock().Pipe(duplex), baseline="mp.Pipe"),
-        QueueSystem("faster-fifo", _faster_fifo, baseline="faster-fifo", module=fifo),
-        QueueManySystem(
-            "faster-fifo (many)", _faster_fifo, "faster-fifo (many)", module=fifo, limit="max_messages_to_get"
-        ),
+        QueueSystem("faster-fifo", _faster_fifo, module=fifo),
+        QueueManySystem("faster-fifo (many)", _faster_fifo, module=fifo, limit="max_messages_to_get"),
         ZmqSystem("pyzmq PUSH/PULL", "PUSH", "PULL", lambda shape: not shape.round_trip),
         ZmqSystem("pyzmq PAIR", "PAIR", "PAIR", lambda shape: shape.one_to_one),
         ZmqSystem("pyzmq REQ/REP", "REQ", "REP", lambda shape: shape.round_trip),
+        QueueSystem("billiard.Queue", lambda _: _context("billiard").Queue(), module="billiard"),
+        TorchSystem("torch.Queue", lambda _: _context("torch.multiprocessing").Queue(), module="torch"),
+        PacketFloor(),
+        CopyFloor(),
     ]
