@@ -1,4 +1,4 @@
-"""``python -m mp_ipcchan info``: what this library finds here; the text to paste into a bug report."""
+"""The command line: ``python -m mp_ipcchan info`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ._transport import unix
 
 
 def _info() -> str:
+    """What this library finds here; the text to paste into a bug report."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     buffer_limit = _read("/proc/sys/net/core/wmem_max")
     shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
@@ -51,10 +52,19 @@ def _read(path: str) -> str:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mp_ipcchan", description=__doc__)
-    parser.add_argument("command", choices=["info"], help="print versions and the limits that matter")
-    parser.parse_args()
-    print(_info())  # noqa: T201
+    parser = argparse.ArgumentParser(prog="python -m mp_ipcchan")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="print versions and the limits that matter, for a bug report")
+    bench = commands.add_parser("bench", help="print this machine's figures beside the stdlib's (half a minute)")
+    bench.add_argument("--quick", action="store_true", help="only see that everything runs")
+    options = parser.parse_args()
+    if options.command == "info":
+        print(_info())  # noqa: T201
+    else:
+        # Not before it is asked for: it needs the executors.
+        from ._bench import report
+
+        print(report(options.quick))  # noqa: T201
     return 0
 
 

@@ -41,6 +41,7 @@ LAYERS = [
     ["_chunk", "_task", "_worker"],
     ["_engine"],
     ["_executor"],
+    ["_bench"],
     ["__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
