@@ -38,7 +38,7 @@ test-all: test
 	PYTHON=$(BIN)/python sh scripts/test-all
 
 bench: $(VENV)/bench.stamp
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json benchmarks.json --svg docs
 
 clean:
 	rm -rf $(VENV) .envs

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any
 
 from . import _codec
 from ._link import Closable, Link
 from .errors import EndpointClosed, EndpointMoved
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Every open sender, receiver and set of this process, for a forked child to close those it wasn't given.
 endpoints: weakref.WeakSet[Closable] = weakref.WeakSet()

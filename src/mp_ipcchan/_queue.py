@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from multiprocessing import queues as stdlib
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from typing_extensions import Self
-
 from . import _codec
 from ._books import Books
 from ._deadline import deadline_in, remaining
@@ -34,6 +32,7 @@ T = TypeVar("T")
 GLANCE_EVERY = 0.02
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
 
     class _StdlibQueue:
         """The type checker's view of the base classes: only their names matter, for ``isinstance``."""

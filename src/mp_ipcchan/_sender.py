@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar, final
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, final
 
 from . import _async, _codec
 from ._deadline import deadline_in
@@ -19,6 +17,9 @@ from ._outlet import PACK_SIZE
 from ._transport.unix import SEND_FLAGS
 from ._typed_codec import TypedCodec
 from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T_contra = TypeVar("T_contra", contravariant=True)
 Buffer: TypeAlias = bytes | bytearray | memoryview

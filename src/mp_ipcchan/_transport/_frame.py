@@ -25,7 +25,6 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, repeat
 
 from .._message import INLINE_SIZE, KNOWN_KINDS, MAX_BUFFERS, MAX_HANDLES, PLAIN
@@ -49,16 +48,21 @@ class FrameKind(enum.IntEnum):
     SHUT = 4
 
 
-@dataclass(frozen=True)
 class Frame:
     """The parsed head of a packet; ``start`` is where its payload begins."""
 
-    kind: FrameKind
-    flags: int
-    kinds: bytes
-    lengths: tuple[int, ...]
-    body_size: int
-    start: int
+    # Not a dataclass: the module of these takes as long to import as a third of this package.
+    __slots__ = ("body_size", "flags", "kind", "kinds", "lengths", "start")
+
+    def __init__(
+        self, kind: FrameKind, flags: int, kinds: bytes, lengths: tuple[int, ...], body_size: int, start: int
+    ) -> None:
+        self.kind: FrameKind = kind
+        self.flags: int = flags
+        self.kinds: bytes = kinds
+        self.lengths: tuple[int, ...] = lengths
+        self.body_size: int = body_size
+        self.start: int = start
 
     @property
     def in_segment(self) -> bool:
@@ -166,13 +170,15 @@ def unpack(frame: Frame, packet: bytes) -> list[bytes]:
 SHUT = head(FrameKind.SHUT, 0, b"", (), 0)
 
 
-@dataclass(frozen=True)
 class Record:
     """The head of one message in a spill. A table of ``table_size`` bytes follows, then body and buffers."""
 
-    body_size: int
-    handles: int
-    buffers: int
+    __slots__ = ("body_size", "buffers", "handles")
+
+    def __init__(self, body_size: int, handles: int, buffers: int) -> None:
+        self.body_size: int = body_size
+        self.handles: int = handles
+        self.buffers: int = buffers
 
     @property
     def table_size(self) -> int:
