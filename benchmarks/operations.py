@@ -281,6 +281,8 @@ def _receiver_set(count: int) -> tuple[Any, list[Any]]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     chosen, senders = kind(), []
     away, thanks = _holder() if count > _MOST_HERE else (None, None)
+    # It ends with this process.
+    _kept.append(away)
     for _ in range(count):
         sender, receiver = _ipc().channel()
         chosen.add(receiver)

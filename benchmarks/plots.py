@@ -53,8 +53,7 @@ _PANELS = (
     ),
 )
 
-_WIDTH, _HEIGHT = 430, 230
-_MARGIN, _LABEL = 18, 132
+_WIDTH, _MARGIN, _LABEL = 440, 18, 144
 _BAR, _GAP = 15, 5
 
 
@@ -131,14 +130,20 @@ def _bars(results: dict[str, Any], where: str) -> _Drawing | None:
     panels = [(results[name], title, systems) for name, title, systems in _PANELS if name in results]
     if not panels:
         return None
-    rows = math.ceil(len(panels) / 2)
-    head = 62
-    drawing = _Drawing(2 * _WIDTH, head + rows * _HEIGHT, "mp_ipcchan beside its peers")
+    # Two side by side; both as high as the one with more bars.
+    rows = [panels[first : first + 2] for first in range(0, len(panels), 2)]
+    heights = [
+        48 + (_BAR + _GAP) * max(len(set(systems) & set(_medians(one))) for one, _, systems in row) for row in rows
+    ]
+    drawing = _Drawing(2 * _WIDTH, 62 + sum(heights), "mp_ipcchan beside its peers")
     drawing.text(_MARGIN, 26, "mp_ipcchan beside its peers, in one run", 15, bold=True)
     drawing.text(_MARGIN, 43, f"medians, with the slowest and fastest round; {where}", 11)
     _legend(drawing, 2 * _WIDTH - 330, 26)
-    for number, panel in enumerate(panels):
-        _panel(drawing, _WIDTH * (number % 2), head + _HEIGHT * (number // 2), *panel)
+    top = 62
+    for row, height in zip(rows, heights, strict=True):
+        for column, panel in enumerate(row):
+            _panel(drawing, _WIDTH * column, top, *panel)
+        top += height
     return drawing
 
 

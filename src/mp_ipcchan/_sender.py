@@ -78,10 +78,14 @@ class SenderBase(Endpoint, Generic[T_contra]):
     def try_send(self, obj: T_contra) -> None:
         """Send ``obj`` if the kernel takes it now, else raise ``Full``; otherwise as ``send``."""
         outlet = self._open_link().outlet
-        item = self._message(obj)
         try:
             # What waits may only be the rest of a burst.
-            sent = outlet.drain() and outlet.try_send(item)
+            outlet.drain()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ReceiverGone(error.errno, "the receiver is gone") from error
+        item = self._message(obj)
+        try:
+            sent = outlet.try_send(item)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ReceiverGone(error.errno, "the receiver is gone") from error
         if not sent:
