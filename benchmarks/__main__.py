@@ -40,17 +40,25 @@ def main() -> int:
         print(report.details(one, outcomes), end="", file=sys.stderr, flush=True)
         results.append(report.as_json(one, outcomes))
         failed |= any(outcome.failed for outcome in outcomes)
+        if options.json:
+            # Each time: a run that is stopped leaves what it has.
+            options.json.write_text(json.dumps(_document(results, options.rounds), indent=1) + "\n")
 
     _run_shapes([one for one in chosen if isinstance(one, Shape)], options, done)
     _run_cases([one for one in chosen if isinstance(one, Case)], options, done)
-    checked = targets.checklist(results)
-    print(targets.as_text(checked), flush=True)
-    document = {"environment": report.environment(options.rounds or 0), "results": results, "targets": checked}
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    document = _document(results, options.rounds)
+    print(targets.as_text(document["targets"]), flush=True)
     if options.svg:
         _draw(document, options.svg)
     return int(failed)
+
+
+def _document(results: list[dict[str, Any]], rounds: int | None) -> dict[str, Any]:
+    return {
+        "environment": report.environment(rounds),
+        "results": results,
+        "targets": targets.checklist(results),
+    }
 
 
 def _everything() -> list[Shape | Case]:

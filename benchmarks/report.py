@@ -125,7 +125,7 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return [line(row) for row in rows]
 
 
-def environment(rounds: int) -> dict[str, Any]:
+def environment(rounds: int | None) -> dict[str, Any]:
     """What the figures depend on, apart from what else ran on the machine."""
     return {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
