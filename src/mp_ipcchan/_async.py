@@ -16,14 +16,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ._link import Link
 from ._message import Message, Outgoing
 from ._outlet import Outlet
 from .errors import Disconnected, Empty, ReceiverGone
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -19,9 +19,7 @@ import weakref
 from collections import deque
 from itertools import islice, starmap
 from time import monotonic
-from typing import Any, ClassVar, NamedTuple, TypeAlias
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from ._async import pause, readable
 from ._deadline import deadline_in, wait_for
@@ -35,6 +33,9 @@ from ._transport import unix
 from ._typed_codec import codec_of
 from ._watch import Mortal, Watch
 from .errors import Disconnected, Empty, EndpointClosed, ProtocolError, SerializationError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: How many clients one look lets in, hears or sees off, at most: a flood must not outlast a timeout.
 _MOST_STEPS = 10_000

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final, overload
 
-from typing_extensions import Self
-
 from ._delivery import Decoding
 from ._endpoint import Endpoint, ReceivingEnd
 from ._link import Link
 from ._typed_codec import TypedCodec
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ._receiver import Receiver
     from ._sender import Sender
 

@@ -21,9 +21,7 @@ import select
 import threading
 import weakref
 from itertools import repeat, starmap
-from typing import Any, NoReturn, TypeAlias, final
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
 
 from ._deadline import deadline_in, remaining
 from ._endpoint import endpoints
@@ -34,6 +32,9 @@ from ._members import Haul, Member, Selectable, member_for
 from ._message import Incoming
 from ._undecoded import UndecodedMessage
 from .errors import Empty, EndpointClosed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Event: TypeAlias = MessageReceived | ChannelClosed | Ready
 # By another name, because a method of the set has the module's.

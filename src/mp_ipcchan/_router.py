@@ -14,9 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar, final
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from ._events import ChannelClosed, MessageReceived
 from ._opaque import OpaqueReceiver
@@ -24,6 +22,9 @@ from ._receiver import ReceiverBase
 from ._receiver_set import Event, ReceiverSet
 from ._undecoded import UndecodedMessage
 from .errors import Disconnected, EndpointClosed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 

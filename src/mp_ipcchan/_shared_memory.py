@@ -18,8 +18,6 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, final, overload
 
-from typing_extensions import Buffer, Self
-
 from . import _codec, _segment
 from ._memory import map_shared
 from ._message import Handle, HandleKind
@@ -28,6 +26,7 @@ from .errors import EndpointClosed, EndpointMoved, ProtocolError
 if TYPE_CHECKING:
     from numpy import ndarray
     from numpy.typing import DTypeLike
+    from typing_extensions import Buffer, Self
 
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 #: As ``linux/fcntl.h`` has it; Python's module lacks it.

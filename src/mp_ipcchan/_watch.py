@@ -6,9 +6,10 @@ import os
 import select
 from multiprocessing.process import BaseProcess
 from subprocess import Popen
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from typing_extensions import Self
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: What can be watched: a started child, of ``multiprocessing`` (any context) or ``subprocess``.
 Mortal: TypeAlias = "BaseProcess | Popen[Any]"
