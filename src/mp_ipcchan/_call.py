@@ -1,14 +1,20 @@
-"""Calls on their way to a worker, and their outcomes on the way back."""
+"""Calls on their way to a worker, and their outcomes on the way back.
+
+A call is ``(function, (args, options, variables))``: ``variables`` are the context's, or None.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final
 
-from . import _codec
-from ._message import Incoming, Outgoing, Parcel
+from . import _codec, _variables
+from ._message import PACKET_SIZE, PLAIN, PLAIN_SIZE, Incoming, Message, Outgoing, Parcel
 
 #: How a task ended. The rest of the outcome: the result; or the traceback's text and the pickled exception.
 DONE: Final = 0
@@ -17,6 +23,9 @@ RAISED: Final = 1
 UNDECODED: Final = 2
 #: The task was taken back before it began; nothing follows.
 SKIPPED: Final = 3
+
+#: Pickle's codes for "a pair of the last two", and the end.
+_PAIR = b"\x86."
 
 
 class ByValue:
@@ -32,23 +41,54 @@ class ByValue:
         return pickle.loads, (cloudpickle.dumps(self._obj),)
 
 
-def encode_call(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Outgoing:
+def encode_call(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    variables: _variables.Values | None = None,
+) -> Outgoing:
     """The message for a call; what pickle can't take goes by value. Raises what pickle says of it otherwise."""
     try:
-        return _codec.encode((function, args, options))
+        return _encode(function, (args, options, variables))
     except Exception as error:
         try:
-            return encode_by_value(function, args, options)
+            return encode_by_value(function, args, options, variables)
         except Exception:
             raise error from None
 
 
-def encode_by_value(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Outgoing:
+def encode_by_value(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    variables: _variables.Values | None = None,
+) -> Outgoing:
     """The message for a call whose function goes by value; if need be, its arguments as well."""
     try:
-        return _codec.encode((ByValue(function), args, options))
+        return _codec.encode((ByValue(function), (args, options, variables)))
     except Exception:
-        return _codec.encode((ByValue(function), ByValue(args), ByValue(options)))
+        return _codec.encode((ByValue(function), ByValue((args, options, variables))))
+
+
+def _encode(function: Callable[..., Any], rest: Any) -> Outgoing:
+    """As ``_codec.encode((function, rest))``, in half the time where ``function`` goes by its name.
+
+    For each function it pickles, pickle looks whether its name leads to it; so does this, but faster.
+    """
+    if function.__class__ is FunctionType or function.__class__ is BuiltinFunctionType:
+        module, name = function.__module__, function.__qualname__
+        found = sys.modules.get(module)
+        if found is not None and found.__dict__.get(name) is function:
+            item = _codec.encode(rest)
+            begin = b"\x80\x05c%b\n%b\n" % (module.encode(), name.encode())
+            if isinstance(item, Message):
+                *pieces, last = item.body
+                item.body = [begin, *pieces, bytes(last)[:-1] + _PAIR]
+                return item
+            frame = b"%b%b%b%b" % (PLAIN, begin, item[PLAIN_SIZE:-1], _PAIR)
+            if len(frame) <= PACKET_SIZE:
+                return frame
+    return _codec.encode((function, rest))
 
 
 def decode(incoming: Incoming) -> Any:
@@ -61,24 +101,30 @@ def decode(incoming: Incoming) -> Any:
 def outcome_of(incoming: Incoming) -> Outgoing:
     """Run the call in ``incoming``; the message that tells how it ended. Raises nothing that a task may raise."""
     try:
-        function, args, options = decode(incoming)
-    except Exception as error:
-        return _failure(UNDECODED, error)
-    try:
-        result = function(*args, **options)
+        function, (args, options, variables) = decode(incoming)
     except BaseException as error:
-        return _failure(RAISED, error)
+        return failure(UNDECODED, error)
+    try:
+        if variables:
+            result = contextvars.copy_context().run(_variables.call_with, variables, function, args, options)
+        else:
+            result = function(*args, **options)
+    except BaseException as error:
+        return failure(RAISED, error)
     try:
         return _codec.encode((DONE, result))
-    except Exception as error:
-        return _failure(RAISED, error)
+    except BaseException as error:
+        return failure(RAISED, error)
 
 
 #: The message for a task that was taken back.
 SKIPPED_FRAME: Final = _codec.encode((SKIPPED,))
+#: What a worker is sent last.
+END_FRAME: Final = _codec.encode(None)
 
 
-def _failure(kind: int, error: BaseException) -> Outgoing:
+def failure(kind: int, error: BaseException) -> Outgoing:
+    """The outcome of a task that raised ``error``."""
     return _codec.encode((kind, *describe(error)))
 
 

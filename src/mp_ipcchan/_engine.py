@@ -10,26 +10,29 @@ user's runs (decoding a result, a future's callbacks).
 
 from __future__ import annotations
 
+import operator
 import os
 import select
+import signal
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final
 
-from . import _call, _segment
-from ._channel import channel
+from . import _call, _logs, _resident, _outcome
+from ._commons import Commons
 from ._deadline import remaining
 from ._fd import Fd
-from ._inlet import EndOfStream
+from ._member import ENDING, OPEN, STARTING, Member
 from ._message import Incoming
-from ._schedule import TARGET, Schedule
+from ._schedule import TARGET, Lane, Schedule
+from ._stats import WorkerStats
 from ._task import Task, TaskTimeoutError, WorkerLostError
-from ._worker import BUSY, CELL_WORDS, INITIALIZING, READY, STARTED, TAKEN_FROM, TAKEN_TO, map_cells, work
-from .errors import ProtocolError, SerializationError
+from ._worker import READY, Setup
 
 #: How many workers in a row may fail to start, or in their initializer; then the pool is broken.
 _MOST_FALSE_STARTS = 4
@@ -37,35 +40,11 @@ _MOST_FALSE_STARTS = 4
 _KILLED_COUNTS = 1 / 64
 #: A task that waits behind another for longer than this (seconds) is given to an idle worker instead.
 _PATIENCE = 2 * TARGET
-#: The most outcomes taken from one worker before others have their turn.
-_MOST_AT_ONCE = 512
-
-STARTING, OPEN, CLOSING, GONE = range(4)
-
-
-class _Worker:
-    """The parent's record of a worker. Owns its channel ends and its pidfd."""
-
-    __slots__ = ("busy", "fault", "head_since", "pidfd", "process", "results", "slot", "state", "tasks")
-
-    def __init__(self, process: Any, pidfd: int, tasks: Any, results: Any, slot: int) -> None:
-        self.process = process
-        self.pidfd = pidfd
-        self.tasks = tasks
-        self.results = results
-        self.slot = slot
-        self.state = STARTING
-        #: Since when (monotonic seconds) its first unanswered task has been that.
-        self.head_since = 0.0
-        #: Nanoseconds of work that it had reported when last looked at.
-        self.busy = 0
-        #: What the task that ran is to fail with, where we killed the worker for it.
-        self.fault: BaseException | None = None
-
-    def close(self) -> None:
-        self.tasks.close()
-        self.results.close()
-        os.close(self.pidfd)
+#: How often (seconds) the memory of workers is looked at, where it is limited. A look costs some 10 us; memory that is
+#: written to for the first time grows by some 20 MB in the time.
+_MEMORY_INTERVAL = 0.02
+#: When to try again (seconds) where a worker could not be started, and others go on.
+_START_AGAIN = 1.0
 
 
 class Engine:
@@ -79,58 +58,69 @@ class Engine:
         initializer: Callable[..., Any] | None = None,
         initargs: tuple[Any, ...] = (),
         max_tasks: int | None = None,
+        max_memory: int | None = None,
         remote_traceback: type[Exception],
     ) -> None:
         self._context = context
         self._size = size
-        self._initializer = (initializer, initargs) if initializer is not None else None
+        self._setup = Setup((initializer, initargs) if initializer is not None else None, max_memory)
         self._max_tasks = max_tasks
         self._remote_traceback = remote_traceback
-        self._schedule: Schedule[Task] = Schedule()
-        self.workers: dict[int, _Worker] = {}
+        self._schedule: Schedule[Task] = Schedule(operator.attrgetter("size"), _is_cancelled)
+        self.workers: dict[int, Member] = {}
         self._next_key = 0
-        self._free_slots = list(range(size))
         self._lock = threading.RLock()
         #: All workers have as many tasks as they may: no use in asking the schedule until one answers.
         self._saturated = False
         self._false_starts = 0.0
+        #: Not before this (monotonic seconds) is another worker to be started.
+        self._start_at = 0.0
         self._closing = False
         #: Set once nothing can be run any more, to what every task fails with.
         self._broken: str | None = None
+        #: Whether any task ever had a deadline.
+        self._timed = False
         self._thread: threading.Thread | None = None
-        self._cells = Fd._own(_segment.create_blank(size * CELL_WORDS * 8))
-        self._words = map_cells(self._cells.fileno(), size)
-        self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake, select.EPOLLIN)
+        self._pid = os.getpid()
+        self._commons: Commons | None = None
+        #: The kernel's count of what it killed for want of memory, as last seen.
+        self._out_of_memory = _resident.OutOfMemoryKills()
         #: What a readable descriptor tells: a worker, and whether it is its death.
         self._events: dict[int, tuple[int, bool]] = {}
-        #: How many unfinished tasks have a deadline.
-        self._timed = 0
-        _engines.add(self)
+        #: Tasks that could not be sent, and why; the thread fails them.
+        self._unsendable: list[tuple[Task, BaseException]] = []
 
     # -- for those who submit ----------------------------------------------------------------
 
     def submit(self, task: Task) -> None:
-        """Run ``task`` some time. ``BrokenProcessPool``, or ``RuntimeError`` after ``close``."""
-        task.future._task, task.future._abandon = task, self._abandon
+        """Run ``task`` some time. ``BrokenProcessPool``, or ``RuntimeError`` after ``close`` or in a forked child."""
+        future = task.future
+        future._task, future._abandon = task, self._abandon
+        if task.timeout is not None:
+            self._timed = True
         with self._lock:
             self.check()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
-                self._thread.start()
-            if task.timeout is not None:
-                self._timed += 1
-            self._schedule.pending.append(task)
+                self._open()
+            pending = self._schedule.pending
+            pending.append(task)
             if not self._saturated:
-                self._dispatch()
-            if self._schedule.pending and len(self.workers) < self._size:
-                self._start_worker()
+                # Those that are busy are given more by the thread, several at a time.
+                self._dispatch(refill=False)
+            if pending and len(self.workers) < self._size and time.monotonic() >= self._start_at:
+                try:
+                    self._start_worker()
+                except Exception:
+                    if self.workers or not pending or pending[-1] is not task:
+                        self._start_at = time.monotonic() + _START_AGAIN
+                        return
+                    pending.pop()
+                    raise
 
     @property
     def usable(self) -> bool:
         """Whether it takes tasks."""
-        return not self._broken and not self._closing
+        return not self._broken and not self._closing and self._pid == os.getpid()
 
     def check(self) -> None:
         """Raise what ``submit`` would raise."""
@@ -138,28 +128,31 @@ class Engine:
             raise BrokenProcessPool(self._broken)
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
+        if self._pid != os.getpid():
+            raise RuntimeError(f"this pool belongs to process {self._pid}: a forked child makes one of its own")
 
     def _abandon(self, task: Task) -> None:
-        """``task`` was cancelled: don't begin it, or stop it."""
+        """``task`` was cancelled: if a worker has it, don't let it begin it, or stop it. What waits is never given."""
         with self._lock:
-            try:
-                self._schedule.pending.remove(task)
-                return
-            except ValueError:
-                pass
             for key, lane in self._schedule.lanes.items():
-                if lane.given and lane.given[0] is task:
-                    self._kill(self.workers[key])
+                if task in lane.given:
+                    self._stop(key, task, _always(TaskTimeoutError("cancelled")))
+                    break
+            self._dispatch()
+            self._notify()
 
     def close(self, cancel: bool = False) -> None:
-        """Take no more tasks. Those that wait are run, or with ``cancel`` cancelled; then the workers end."""
+        """Take no more tasks. Those that wait are run, or with ``cancel`` cancelled; then the workers end.
+
+        Without ``cancel`` it takes no lock: a finaliser may call it.
+        """
         dropped: list[Task] = []
-        with self._lock:
-            self._closing = True
-            if cancel:
+        self._closing = True
+        if cancel:
+            with self._lock:
                 dropped.extend(self._schedule.pending)
                 self._schedule.pending.clear()
-            self._notify()
+        self._notify()
         for task in dropped:
             task.future.cancel()
 
@@ -167,96 +160,146 @@ class Engine:
         """End every worker by ``kill(process)``; what was not finished fails with ``BrokenProcessPool``."""
         with self._lock:
             self._closing = True
-            self._break("the workers were ended by terminate_workers or kill_workers")
+            tasks = self._break("the workers were ended by terminate_workers or kill_workers")
             for worker in self.workers.values():
                 kill(worker.process)
+        self._fail_broken(tasks)
 
     def join(self) -> None:
         """Wait until all is done and every worker has ended, after ``close``."""
         thread = self._thread
-        if thread is None:
-            with self._lock:
-                self._release()
-        elif thread is not threading.current_thread():
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def stats(self) -> list[WorkerStats]:
+        """What each worker is doing, those that are starting included."""
+        with self._lock:
+            found = []
+            for key, worker in self.workers.items():
+                lane = self._schedule.lanes.get(key)
+                if worker.state == STARTING:
+                    state = "starting"
+                elif lane is not None and lane.given:
+                    state = "busy"
+                else:
+                    state = "ending" if worker.state == ENDING else "idle"
+                found.append((worker, state, lane.answered if lane else 0, worker.busy_seconds()))
+        return [
+            WorkerStats(worker.process.pid, state, done, busy, _resident.resident(worker.process.pid))
+            for worker, state, done, busy in found
+        ]
+
+    def revive(self, text: str, pickled: bytes | None) -> BaseException:
+        """The exception that a task raised, with the traceback of the worker as its cause."""
+        return _outcome.revive(text, pickled, self._remote_traceback)
+
+    def _open(self) -> None:
+        self._commons = Commons(self._size)
+        self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
+        _engines.add(self)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._thread = None
+            self._release()
+            raise
+
     def _notify(self) -> None:
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        if self._commons is not None:
+            self._commons.notify()
 
     # -- workers, with the lock held ---------------------------------------------------------
 
     def _start_worker(self) -> None:
-        tasks_tx, tasks_rx = channel()
-        results_tx, results_rx = channel()
-        slot = self._free_slots.pop()
-        words = self._words[slot * CELL_WORDS : (slot + 1) * CELL_WORDS]
-        for word in range(CELL_WORDS):
-            words[word] = 0
-        process = self._context.Process(
-            target=work,
-            args=(tasks_rx, results_tx, self._cells, slot, self._size, os.getpid(), self._initializer),
-        )
-        try:
-            with results_tx, tasks_rx:
-                process.start()
-            pidfd = os.pidfd_open(process.pid)
-        except BaseException:
-            tasks_tx.close()
-            results_rx.close()
-            self._free_slots.append(slot)
-            raise
+        commons = self._commons
+        assert commons is not None
+        slot = commons.free_slots[-1]
+        levels = _logs.levels()
+        # Duplicates: a forked child closes what is the pool's own.
+        with Fd(commons.cells) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
+            shared = (cells, self._size, lifeline, logs, levels, self._setup)
+            worker = Member.start(self._context, commons.cell(slot), slot, *shared)
+        worker.levels = levels
+        commons.free_slots.pop()
         key, self._next_key = self._next_key, self._next_key + 1
-        self.workers[key] = _Worker(process, pidfd, tasks_tx, results_rx, slot)
-        results_fd = results_rx._open_link().fileno()
-        self._events[results_fd] = (key, False)
-        self._events[pidfd] = (key, True)
-        self._epoll.register(results_fd, select.EPOLLIN)
-        self._epoll.register(pidfd, select.EPOLLIN)
+        self.workers[key] = worker
+        for fd, died in ((worker.results_fd, False), (worker.pidfd, True)):
+            self._events[fd] = (key, died)
+            commons.epoll.register(fd, select.EPOLLIN)
 
-    def _dispatch(self) -> None:
-        now = time.monotonic()
-        for key, tasks in self._schedule.assign():
-            worker = self.workers[key]
-            lane = self._schedule.lanes[key]
-            if len(lane.given) == len(tasks):
-                worker.head_since = now
-            frames: list[bytes] = []
-            outlet = worker.tasks._open_link().outlet
-            try:
-                for task in tasks:
-                    task.begin()
-                    if isinstance(task.item, bytes):
-                        frames.append(task.item)
-                    else:
-                        outlet.send_all(frames)
-                        frames = []
-                        outlet.send(task.item)
-                outlet.send_all(frames)
-            except OSError:
-                # It has died; its death tells what becomes of them.
-                pass
-            if lane.room == 0:
-                # Its last ones: it ends by itself after them.
-                worker.tasks.close()
-        self._saturated = bool(self._schedule.pending)
+    def _try_to_start(self) -> list[Task]:
+        """Start a worker; the tasks that fail because none can be."""
+        try:
+            self._start_worker()
+        except Exception as error:
+            self._start_at = time.monotonic() + _START_AGAIN
+            if not self.workers:
+                return self._break(f"no worker can be started: {type(error).__name__}: {error}")
+        return []
 
-    def _kill(self, worker: _Worker, fault: BaseException | None = None) -> None:
-        worker.fault = fault
-        worker.process.kill()
+    def _dispatch(self, refill: bool = True) -> None:
+        pending = self._schedule.pending
+        while pending:
+            given = self._schedule.assign(refill)
+            again = False
+            for key, tasks in given:
+                again |= self._give(key, tasks)
+            if not again:
+                break
+        self._saturated = bool(pending)
+
+    def _give(self, key: int, tasks: list[Task]) -> bool:
+        """Send a worker what it was assigned; whether some of it has to be assigned anew."""
+        worker, lane = self.workers[key], self._schedule.lanes[key]
+        if len(lane.given) == len(tasks):
+            worker.head_since = time.monotonic()
+        levels = _logs.levels()
+        if worker.levels is not levels:
+            worker.levels = levels
+            self._schedule.insert(key, len(tasks))
+            worker.tell(_call.encode_call(_logs.set_levels, (levels,), {}))
+        for task in tasks:
+            task.future._begin()
+        sent, error = worker.send(tasks)
+        if error is not None:
+            refused, *rest = self._schedule.retract(key, len(tasks) - sent)
+            self._schedule.pending.extendleft(task for task in reversed(rest) if task is not None)
+            assert refused is not None
+            self._unsendable.append((refused, error))
+            self._notify()
+        if lane.room == 0:
+            # Its last ones: it ends by itself after them.
+            worker.tell(_call.END_FRAME)
+            worker.tasks.close()
+        return error is not None
 
     def _break(self, reason: str) -> list[Task]:
-        """Nothing can be run any more. The tasks that this concerns fail."""
+        """Nothing can be run any more; the tasks that this concerns, which the caller lets fail without the lock."""
         self._broken = reason
         tasks = list(self._schedule.pending)
         self._schedule.pending.clear()
         for lane in self._schedule.lanes.values():
             tasks += [task for task in lane.given if task is not None]
             lane.given.clear()
-        for task in tasks:
-            task.fail(BrokenProcessPool(reason))
         self._notify()
         return tasks
+
+    def _recall(self, key: int, first: int) -> int:
+        """Take back what a worker has not begun, from number ``first`` on; how many are with it that stay."""
+        lane = self._schedule.lanes[key]
+        first = self.workers[key].recall(lane.answered, first, lane.answered + len(lane.given))
+        self._schedule.take_back(key, first)
+        self._saturated = False
+        return first
+
+    def _stop(self, key: int, task: Task, fault: Callable[[Member], BaseException]) -> None:
+        """End the worker if it runs ``task``, and no other: what it has behind that is taken back before."""
+        worker, lane = self.workers[key], self._schedule.lanes[key]
+        if worker.fault is None:
+            staying = self._recall(key, lane.answered)
+            if task in lane.given and lane.answered + lane.given.index(task) == staying - 1:
+                worker.fault = fault(worker)
+                worker.kill()
 
     # -- the thread --------------------------------------------------------------------------
 
@@ -267,18 +310,24 @@ class Engine:
             # Nobody who waits for a future may wait for ever.
             with self._lock:
                 self._closing = True
-                self._break(f"the pool's thread failed: {error!r}")
+                tasks = self._break(f"the pool's thread failed: {error!r}")
                 for worker in self.workers.values():
-                    worker.process.kill()
+                    worker.kill()
+            self._fail_broken(tasks)
             raise
 
     def _serve(self) -> None:
+        commons = self._commons
+        assert commons is not None
         while True:
-            events = self._epoll.poll(self._patience())
+            events = commons.epoll.poll(self._patience())
             deaths: list[int] = []
             for fd, _ in events:
-                if fd == self._wake:
+                if fd == commons.wake:
                     os.eventfd_read(fd)
+                    continue
+                if fd == commons.logs_fd:
+                    self._hear_logs()
                     continue
                 key, died = self._events.get(fd, (-1, False))
                 if died:
@@ -287,30 +336,46 @@ class Engine:
                     self._hear(key)
             for key in deaths:
                 self._bury(key)
+            failed: list[tuple[Task, BaseException]] = []
             with self._lock:
                 self._look_after()
-                if self._finished():
-                    self._release()
-                    return
+                failed, self._unsendable = self._unsendable, failed
+                finished = self._finished()
+            _outcome.fail(failed)
+            if finished:
+                self._release()
+                return
 
     def _patience(self) -> float | None:
         """How long to wait for events (seconds)."""
         with self._lock:
             deadlines = []
             if self._timed:
-                for key, lane in self._schedule.lanes.items():
-                    head = lane.given[0] if lane.given else None
-                    if head is not None and head.timeout is not None:
+                for key, head in self._heads():
+                    if head.timeout is not None and self.workers[key].fault is None:
                         deadlines.append(self.workers[key].head_since + head.timeout)
             lane_behind = self._schedule.waiting_elsewhere()
             if lane_behind is not None:
                 deadlines.append(self.workers[lane_behind.key].head_since + _PATIENCE)
+            if self._setup.max_memory is not None and next(self._heads(), None):
+                deadlines.append(time.monotonic() + _MEMORY_INTERVAL)
+            if self._schedule.pending and len(self.workers) < self._size and self._start_at:
+                deadlines.append(self._start_at)
         return remaining(min(deadlines)) if deadlines else None
+
+    def _heads(self) -> Iterator[tuple[int, Task]]:
+        """Workers that have something to do, and the task that each runs or is about to."""
+        for key, lane in self._schedule.lanes.items():
+            head = lane.given[0] if lane.given else None
+            if head is not None:
+                yield key, head
 
     def _hear(self, key: int) -> None:
         """Take the outcomes that a worker has sent."""
         worker = self.workers[key]
-        incoming = self._receive(worker)
+        incoming, ended = worker.receive()
+        if ended:
+            self._ignore(worker.results_fd)
         if incoming and worker.state == STARTING:
             self._begin(key, worker, incoming.popleft())
         if not incoming:
@@ -320,145 +385,103 @@ class Engine:
                 return
             tasks = [self._schedule.answer(key) for _ in incoming]
             worker.head_since = time.monotonic()
-            busy = self._words[worker.slot * CELL_WORDS + BUSY]
-            self._schedule.measure(len(tasks), (busy - worker.busy) / 1e9)
-            worker.busy = busy
-            self._timed -= sum(task is not None and task.timeout is not None for task in tasks)
+            self._schedule.measure(len(tasks), worker.newly_busy())
+            self._saturated = False
             self._dispatch()
-        for task, outcome in zip(tasks, incoming, strict=True):
-            if task is not None:
-                self._complete(task, outcome)
+        if worker.has_logged():
+            # What a task has logged was sent before its outcome, and is handled before it.
+            self._hear_logs()
+        again = [
+            task
+            for task, outcome in zip(tasks, incoming, strict=True)
+            if task is not None and not _outcome.settle(task, outcome, self._remote_traceback)
+        ]
+        if again:
+            with self._lock:
+                self._schedule.pending.extendleft(reversed(again))
+                self._dispatch()
 
-    def _receive(self, worker: _Worker) -> deque[Incoming]:
+    def _hear_logs(self) -> None:
+        commons = self._commons
+        assert commons is not None
         found: deque[Incoming] = deque()
-        inlet = worker.results._open_link().inlet
         try:
-            while True:
-                if len(found) >= _MOST_AT_ONCE:
-                    break
-                taken = inlet.take(False)
-                if isinstance(taken, bytes) or hasattr(taken, "kinds"):
-                    found.append(taken)
-                else:
-                    # The rest of a worker that has ended; it unrolls in its place.
-                    inlet.put_back(taken)
-        except BlockingIOError:
+            commons.logs._open_link().inlet.take_what_is_there(found, _MOST_RECORDS)
+        except OSError:
+            # Not from us, or it carries descriptors that there is no room for.
             pass
-        except EndOfStream:
-            fd = worker.results._open_link().fileno()
-            if self._events.pop(fd, None):
-                self._epoll.unregister(fd)
-        except ProtocolError:
-            # A task wrote to descriptors that are not its own; nothing it sends can be trusted.
-            worker.process.kill()
-        return found
+        for message in found:
+            try:
+                _logs.handle(_call.decode(message))
+            except BaseException:
+                # Handlers are the user's.
+                _outcome.report("a log record of a worker could not be handled")
 
-    def _begin(self, key: int, worker: _Worker, incoming: Incoming) -> None:
+    def _begin(self, key: int, worker: Member, incoming: Incoming) -> None:
         """A worker's first words."""
         said = _call.decode(incoming)
+        tasks: list[Task] = []
         with self._lock:
             if said == READY:
                 worker.state = OPEN
                 self._false_starts = 0.0
                 self._schedule.open(key, self._max_tasks)
                 self._dispatch()
-            else:
-                self._break(f"the initializer of a worker failed: {said[1]}")
-
-    def _complete(self, task: Task, incoming: Incoming) -> None:
-        try:
-            kind, *rest = _call.decode(incoming)
-        except Exception as error:
-            wrapped = SerializationError(f"the result of {task.name} can't be unpickled: {error}")
-            wrapped.__cause__ = error
-            task.fail(wrapped)
-            return
-        if kind == _call.DONE:
-            task.succeed(rest[0])
-        elif kind == _call.SKIPPED:
-            # It was about to begin when it was taken back, so it was left with this worker: neither ran it.
-            self._submit_again(task)
-        elif kind == _call.UNDECODED and not task.by_value and task.repeatable:
-            self._submit_by_value(task, rest)
-        else:
-            task.fail(self.revive(*rest))
-
-    def _submit_by_value(self, task: Task, outcome: list[Any]) -> None:
-        """The worker doesn't know the function by its name: it was defined after the worker was started."""
-        try:
-            task.encode_by_value()
-        except Exception:
-            task.fail(self.revive(*outcome))
-            return
-        self._submit_again(task)
-
-    def _submit_again(self, task: Task) -> None:
-        with self._lock:
-            self._schedule.pending.appendleft(task)
-            if task.timeout is not None:
-                self._timed += 1
-            self._dispatch()
-
-    def revive(self, text: str, pickled: bytes | None) -> BaseException:
-        """The exception that a task raised, with the traceback of the worker as its cause."""
-        error: BaseException
-        if pickled is None:
-            error = SerializationError("the task raised an exception that can't be pickled; its traceback is the cause")
-        else:
-            try:
-                error = _call.decode(pickled)
-            except Exception as reason:
-                error = SerializationError(f"the task raised an exception that can't be unpickled ({reason})")
-        error.__cause__ = self._remote_traceback(text)
-        return error
+            elif not self._broken:
+                tasks = self._break(said[1])
+        self._fail_broken(tasks)
 
     def _bury(self, key: int) -> None:
         """A worker has died: take what it has sent, settle its tasks, replace it."""
         self._hear_out(key)
         with self._lock:
             worker = self.workers.pop(key)
-            started = self._words[worker.slot * CELL_WORDS + STARTED]
-            worker.process.join()
-            exitcode = worker.process.exitcode
-            for fd in (worker.results._open_link().fileno(), worker.pidfd):
-                if self._events.pop(fd, None):
-                    self._epoll.unregister(fd)
+            started = worker.started
+            exitcode = worker.join()
+            for fd in (worker.results_fd, worker.pidfd):
+                self._ignore(fd)
             worker.close()
-            self._free_slots.append(worker.slot)
+            commons = self._commons
+            assert commons is not None
+            commons.free_slots.append(worker.slot)
             lane = self._schedule.lanes.get(key)
-            answered = lane.answered if lane else 0
-            given = self._schedule.close(key) if lane else []
-            lost: list[Task] = []
-            again: list[Task] = []
-            for number, task in enumerate(given, answered):
-                if task is None:
-                    continue
-                if number < started or not task.repeatable:
-                    lost.append(task)
-                else:
-                    again.append(task)
-            if lane is None and not self._broken:
-                initializing = self._words[worker.slot * CELL_WORDS + INITIALIZING]
-                self._false_starts += 1 if initializing or (exitcode or 0) >= 0 else _KILLED_COUNTS
+            broken: list[Task] = []
+            failed: list[tuple[Task, BaseException]] = []
+            if lane is not None:
+                failed = self._settle_lost(worker, lane, started, exitcode)
+                self._schedule.close(key)
+            elif not self._broken:
+                self._false_starts += 1 if worker.initializing or (exitcode or 0) >= 0 else _KILLED_COUNTS
                 if self._false_starts >= _MOST_FALSE_STARTS:
-                    self._break(
+                    broken = self._break(
                         f"{_MOST_FALSE_STARTS} workers in a row ended before they were ready, exit code {exitcode}"
                     )
-            failed: list[tuple[Task, BaseException]] = []
-            for task in reversed(lost):
-                if worker.fault is None and task.retries > 0 and task.repeatable and not task.future.cancelled():
-                    task.retries -= 1
-                    again.insert(0, task)
-                    continue
-                self._timed -= task.timeout is not None
-                failed.append((task, worker.fault or WorkerLostError(worker.process.pid, exitcode, task.name)))
-            self._schedule.pending.extendleft(task for task in reversed(again) if not task.future.cancelled())
             self._saturated = False
             self._dispatch()
-            if not self._broken and (not self._closing or self._schedule.pending):
-                self._start_worker()
-        for task, error in failed:
-            task.fail(error)
+            if not self._broken and (not self._closing or not self._schedule.idle):
+                broken += self._try_to_start()
+        _outcome.fail(failed)
+        self._fail_broken(broken)
+
+    def _settle_lost(
+        self, worker: Member, lane: Lane[Task], started: int, exitcode: int | None
+    ) -> list[tuple[Task, BaseException]]:
+        """What a dead worker had: those it had not begun wait again; the one that ran fails, or is tried again."""
+        failed: list[tuple[Task, BaseException]] = []
+        again: list[Task] = []
+        hint = _OUT_OF_MEMORY if exitcode == -signal.SIGKILL and self._out_of_memory.grew() else ""
+        for number, task in enumerate(lane.given, lane.answered):
+            if task is None or task.future.cancelled():
+                continue
+            ran = number < started
+            if task.repeatable and (not ran or (task.retries > 0 and worker.fault is None)):
+                task.retries -= ran
+                again.append(task)
+            else:
+                fault = worker.fault or WorkerLostError(worker.process.pid, exitcode, task.name, hint)
+                failed.append((task, fault))
+        self._schedule.pending.extendleft(reversed(again))
+        return failed
 
     def _hear_out(self, key: int) -> None:
         """Everything that a dead worker has sent."""
@@ -467,79 +490,137 @@ class Engine:
             before = worker.state, self._answered(key)
             self._hear(key)
             if (worker.state, self._answered(key)) == before:
-                return
+                break
+        self._hear_logs()
 
     def _answered(self, key: int) -> int:
         lane = self._schedule.lanes.get(key)
         return lane.answered if lane else -1
 
+    def _ignore(self, fd: int) -> None:
+        """Wait for ``fd`` no more."""
+        assert self._commons is not None
+        if self._events.pop(fd, None):
+            self._commons.epoll.unregister(fd)
+
     def _look_after(self) -> None:
-        """Stop what takes too long, and let no task wait behind a long one while a worker is idle."""
+        """Stop what takes too long or too much, and let no task wait behind a long one while a worker is idle."""
         now = time.monotonic()
         if self._timed:
-            for key, lane in self._schedule.lanes.items():
-                head = lane.given[0] if lane.given else None
-                worker = self.workers[key]
-                if head is None or head.timeout is None or worker.fault is not None:
-                    continue
-                if now >= worker.head_since + head.timeout:
-                    self._kill(worker, TaskTimeoutError(f"{head.name} took longer than {head.timeout} seconds"))
-        for key, lane in self._schedule.lanes.items():
-            head = lane.given[0] if lane.given else None
-            if head is not None and head.future.cancelled() and self.workers[key].fault is None:
-                self._kill(self.workers[key], TaskTimeoutError("cancelled"))
+            for key, head in list(self._heads()):
+                if head.timeout is not None and now >= self.workers[key].head_since + head.timeout:
+                    error = TaskTimeoutError(f"{head.name} took longer than {head.timeout} seconds")
+                    self._stop(key, head, _always(error))
+        if self._setup.max_memory is not None:
+            self._limit_memory(self._setup.max_memory)
         lane_behind = self._schedule.waiting_elsewhere()
         if lane_behind is not None and now >= self.workers[lane_behind.key].head_since + _PATIENCE:
-            self._take_back(lane_behind.key)
+            self._recall(lane_behind.key, lane_behind.answered + 1)
+        if not self._saturated:
+            self._dispatch()
+        if self._schedule.pending and len(self.workers) < self._size and 0 < self._start_at <= now:
+            self._unsendable += self._broken_tasks(self._try_to_start())
 
-    def _take_back(self, key: int) -> None:
-        worker, lane = self.workers[key], self._schedule.lanes[key]
-        base = worker.slot * CELL_WORDS
-        first = lane.answered + 1
-        if lane.answered < self._words[base + TAKEN_TO]:
-            # It has not come past those that were taken back before; what came behind them joins them.
-            first = self._words[base + TAKEN_FROM]
-            if lane.answered >= first:
-                return
-        self._words[base + TAKEN_FROM] = first
-        self._words[base + TAKEN_TO] = lane.answered + len(lane.given)
-        # Asked after it was told, as the worker tells before it asks; the lock that is held is the fence.
-        with self._lock:
-            first = max(first, self._words[base + STARTED])
-        self._schedule.take_back(key, first)
-        self._dispatch()
+    def _limit_memory(self, limit: int) -> None:
+        for key, _ in list(self._heads()):
+            worker, lane = self.workers[key], self._schedule.lanes[key]
+            started = worker.started
+            size = _resident.resident(worker.process.pid)
+            position = started - 1 - lane.answered
+            if size > limit and 0 <= position < len(lane.given):
+                task = lane.given[position]
+                # Looked at before and after: it is this one's, a worker begins none while it has more than the limit.
+                if task is not None and worker.started == started:
+                    self._stop(key, task, _too_much_memory(task, size, limit))
+
+    def _broken_tasks(self, tasks: list[Task]) -> list[tuple[Task, BaseException]]:
+        return [(task, BrokenProcessPool(self._broken)) for task in tasks]
+
+    def _fail_broken(self, tasks: list[Task]) -> None:
+        """Let ``tasks``, which ``_break`` gave, fail; without the lock."""
+        _outcome.fail(self._broken_tasks(tasks))
 
     def _finished(self) -> bool:
         """Whether everything is done; ends the workers when the tasks are."""
         if self._closing and (self._broken or self._schedule.idle):
             for worker in self.workers.values():
-                worker.tasks.close()
-                worker.state = CLOSING if worker.state == OPEN else worker.state
+                if worker.state != ENDING and not worker.tasks.closed:
+                    # Said, too: a process that was forked from this one may hold the channel open.
+                    worker.tell(_call.END_FRAME)
+                    worker.tasks.close()
+                if worker.state == OPEN:
+                    worker.state = ENDING
             return not self.workers
-        return bool(self._broken) and not self.workers and self._closing
+        return False
 
     def _release(self) -> None:
         """Close what the engine owns; once."""
         _engines.discard(self)
-        wake, self._wake = self._wake, -1
-        if wake >= 0:
-            self._epoll.close()
-            os.close(wake)
-            self._words.release()
-            self._cells.close()
+        if self._commons is not None:
+            self._commons.close()
+
+    def disown(self) -> None:
+        """In a forked child, which has neither the thread nor the workers: close all that is the parent's."""
+        self._lock = threading.RLock()
+        self._thread = None
+        workers = list(self.workers.values())
+        self.workers = {}
+        self._schedule = Schedule()
+        if self._commons is not None:
+            self._commons.disown()
+        for worker in workers:
+            worker.close()
+
+
+#: The most log records handled before tasks have their turn.
+_MOST_RECORDS = 256
+_OUT_OF_MEMORY: Final = "by the kernel, for want of memory: the control group's count of such kills went up"
+
+
+def _always(error: BaseException) -> Callable[[Member], BaseException]:
+    return lambda _: error
+
+
+def _too_much_memory(task: Task, size: int, limit: int) -> Callable[[Member], BaseException]:
+    hint = f"it had {_resident.readable(size)}, more than max_memory_per_child={_resident.readable(limit)}"
+    return lambda worker: WorkerLostError(worker.process.pid, -signal.SIGKILL, task.name, hint)
+
+
+def _is_cancelled(task: Task) -> bool:
+    return task.future.cancelled()
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _end() -> None:
-    """The interpreter ends: what was submitted is done first, as the stdlib's executors do."""
-    for engine in list(_engines):
-        engine.close()
-        engine.join()
+    """The interpreter ends: what was submitted is done first, as the stdlib's executors do.
+
+    Not after Ctrl-C: whoever pressed it, perhaps again now, doesn't want to wait for the tasks.
+    """
+    engines = list(_engines)
+    try:
+        for engine in engines:
+            engine.close()
+        if getattr(sys, "last_type", None) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        for engine in engines:
+            engine.join()
+    except KeyboardInterrupt:
+        for engine in engines:
+            engine.kill(operator.methodcaller("kill"))
+        for engine in engines:
+            engine.join()
 
 
 _register_end: Final[Callable[[Callable[[], None]], None]] = threading._register_atexit  # type: ignore[attr-defined]
 _register_end(_end)
-# A forked child has neither the thread nor the workers.
-os.register_at_fork(after_in_child=_engines.clear)
+
+
+def _disown_all() -> None:
+    for engine in list(_engines):
+        engine.disown()
+    _engines.clear()
+
+
+os.register_at_fork(after_in_child=_disown_all)

@@ -153,6 +153,36 @@ class Inlet:
                 raise ProtocolError("a packet for queues came through a channel or pipe")
             self.put_back(taken)
 
+    def take_what_is_there(self, into: deque[Incoming], most: int) -> None:
+        """Take what there is without waiting: plain messages, ``most`` at most, or one that is more.
+
+        For one thread that alone reads, and that no signal's handler interrupts. Raises ``EndOfStream`` and whatever
+        ``take`` raises; what came before that is in ``into``.
+        """
+        if not self.ready and not self.inbox:
+            try:
+                for _ in range(most):
+                    packet = self.recvmsg(*AT_ONCE[0])
+                    data, ancillary, flags, _ = packet
+                    if not data.startswith(PLAIN) or ancillary or flags & CUT:
+                        self.inbox.append(packet)
+                        break
+                    into.append(data)
+            except (BlockingIOError, ConnectionResetError):
+                pass
+        try:
+            while True:
+                if not self.ready and not self.inbox:
+                    return
+                taken = self.take(False)
+                if isinstance(taken, (bytes, Parcel)):
+                    into.append(taken)
+                elif isinstance(taken, Spill):
+                    # The rest of a process that has ended; it unrolls in its place.
+                    self.put_back(taken)
+        except BlockingIOError:
+            pass
+
     def await_packet(self) -> list[Packet]:
         """Receive a packet, and wait for it.
 

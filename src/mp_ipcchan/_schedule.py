@@ -8,6 +8,7 @@ they are short, so that the worker need not wait for the parent after each; wher
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -16,6 +17,8 @@ T = TypeVar("T")
 TARGET = 0.001
 #: The most tasks that a worker has at a time, however short they are.
 _MOST = 256
+#: The most bytes of tasks that a worker has at a time, but for one larger: what its socket takes without a backlog.
+_MOST_BYTES = 32768
 #: The weight of the newest measurement in the estimate of a task's length.
 _WEIGHT = 0.25
 
@@ -23,7 +26,7 @@ _WEIGHT = 0.25
 class Lane(Generic[T]):
     """A worker, as far as scheduling goes."""
 
-    __slots__ = ("answered", "given", "key", "room")
+    __slots__ = ("answered", "given", "key", "load", "room")
 
     def __init__(self, key: int, room: int | None) -> None:
         self.key = key
@@ -33,12 +36,21 @@ class Lane(Generic[T]):
         self.answered = 0
         #: How many more it may be given before it is replaced; None for any number.
         self.room = room
+        #: The weight of the tasks in ``given`` that were not taken back.
+        self.load = 0
 
 
 class Schedule(Generic[T]):
-    """The tasks that wait, the lanes, and who has what."""
+    """The tasks that wait, the lanes, and who has what.
 
-    def __init__(self) -> None:
+    ``weight``: of a task, in bytes. ``dropped``: whether a task is of no use any more; it is never given then.
+    """
+
+    def __init__(
+        self, weight: Callable[[T], int] = lambda _: 0, dropped: Callable[[T], bool] = lambda _: False
+    ) -> None:
+        self._weight = weight
+        self._dropped = dropped
         self.pending: deque[T] = deque()
         self.lanes: dict[int, Lane[T]] = {}
         #: How long a task takes (seconds), as far as known.
@@ -68,13 +80,16 @@ class Schedule(Generic[T]):
             return 1
         return max(1, min(_MOST, int(TARGET / max(self.estimate, 1e-9))))
 
-    def assign(self) -> list[tuple[int, list[T]]]:
-        """Give waiting tasks to lanes: which lane gets which, in order."""
+    def assign(self, refill: bool = True) -> list[tuple[int, list[T]]]:
+        """Give waiting tasks to lanes: which lane gets which, in order.
+
+        Without ``refill`` only those get some that have nothing to do.
+        """
         given: list[tuple[int, list[T]]] = []
         if self.pending:
             open_lanes = [lane for lane in self.lanes.values() if lane.room != 0]
             self._share([lane for lane in open_lanes if not lane.given], given)
-        if self.pending:
+        if self.pending and refill:
             # One that is still half full is let alone, so that tasks go several at a time.
             half = self.window // 2
             self._share([lane for lane in open_lanes if 0 < len(lane.given) <= half], given)
@@ -87,17 +102,52 @@ class Schedule(Generic[T]):
             count = min(-(-len(self.pending) // (len(lanes) - position)), window - len(lane.given))
             if lane.room is not None:
                 count = min(count, lane.room)
-                lane.room -= count
-            if count > 0:
-                tasks = [self.pending.popleft() for _ in range(count)]
+            tasks = self._next(lane, count)
+            if tasks:
+                if lane.room is not None:
+                    lane.room -= len(tasks)
                 lane.given.extend(tasks)
                 given.append((lane.key, tasks))
+
+    def _next(self, lane: Lane[T], most: int) -> list[T]:
+        """The next tasks for a lane, as many as it has room for."""
+        tasks: list[T] = []
+        while self.pending and len(tasks) < most:
+            task = self.pending[0]
+            if self._dropped(task):
+                self.pending.popleft()
+                continue
+            weight = self._weight(task)
+            if lane.load + weight > _MOST_BYTES and (tasks or lane.given):
+                break
+            lane.load += weight
+            tasks.append(self.pending.popleft())
+        return tasks
 
     def answer(self, key: int) -> T | None:
         """The lane has answered: which task; None for one that was taken back."""
         lane = self.lanes[key]
         lane.answered += 1
-        return lane.given.popleft()
+        task = lane.given.popleft()
+        if task is not None:
+            lane.load -= self._weight(task)
+        return task
+
+    def retract(self, key: int, count: int) -> list[T | None]:
+        """The last ``count`` that a lane was given never got there: they count for nothing."""
+        lane = self.lanes[key]
+        tasks = [lane.given.pop() for _ in range(count)][::-1]
+        for task in tasks:
+            if task is not None:
+                lane.load -= self._weight(task)
+                if lane.room is not None:
+                    lane.room += 1
+        return tasks
+
+    def insert(self, key: int, behind: int) -> None:
+        """Something that nobody waits for goes to the lane, ahead of the last ``behind`` it was given."""
+        given = self.lanes[key].given
+        given.insert(len(given) - behind, None)
 
     def waiting_elsewhere(self) -> Lane[T] | None:
         """The lane with most tasks that wait behind another, if some lane has nothing to do and nothing else waits."""
@@ -113,10 +163,13 @@ class Schedule(Generic[T]):
         taken = [task for task in list(lane.given)[at:] if task is not None]
         for position in range(at, len(lane.given)):
             lane.given[position] = None
+        lane.load -= sum(map(self._weight, taken))
         self.pending.extendleft(reversed(taken))
         return taken
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits, and nothing is unanswered."""
+        while self.pending and self._dropped(self.pending[0]):
+            self.pending.popleft()
         return not self.pending and not any(lane.given for lane in self.lanes.values())

@@ -10,7 +10,8 @@ from concurrent.futures import _base as _futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
-from . import _call
+from . import _call, _variables
+from ._chunk import run_chunk
 from ._message import Message, Outgoing
 from .errors import IpcError
 
@@ -68,18 +69,29 @@ class Future(StdlibFuture[T], Generic[T]):
                 return False
             self._state = _futures.CANCELLED
             self._condition.notify_all()
-        self.set_running_or_notify_cancel()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
-        abandon, task = self._abandon, self._task
+            self.set_running_or_notify_cancel()
+            abandon, task = self._abandon, self._task
+            self._forget()
         if abandon is not None and task is not None:
             abandon(task)
+        self._invoke_callbacks()  # type: ignore[attr-defined]
         return True
+
+    def _begin(self) -> None:
+        """It was given to a worker, perhaps not for the first time."""
+        with self._condition:
+            if self._state == _futures.PENDING:
+                self._state = _futures.RUNNING
+
+    def _forget(self) -> None:
+        """It has ended: who keeps the future doesn't keep the arguments."""
+        self._task = self._abandon = None
 
 
 class Task:
     """A call, who waits for it, and what was asked for."""
 
-    __slots__ = ("args", "by_value", "function", "future", "item", "options", "repeatable", "retries", "timeout")
+    __slots__ = ("args", "by_value", "function", "future", "item", "options", "repeatable", "retries", "size", "timeout", "variables")
 
     def __init__(
         self,
@@ -94,33 +106,39 @@ class Task:
         self.retries = retries
         self.future: Future[Any] = Future()
         self.by_value = False
-        self.item: Outgoing = _call.encode_call(function, args, options)
+        self.variables = _variables.current()
+        self.item: Outgoing = _call.encode_call(function, args, options, self.variables)
+        self.size = len(self.item)
         #: Whether it can be sent twice: what a message carries along moves with the first.
         self.repeatable = not isinstance(self.item, Message) or not self.item.handles
 
-    def begin(self) -> None:
-        """It was given to a worker, perhaps not for the first time."""
-        future = self.future
-        if not (future.running() or future.done()):
-            future.set_running_or_notify_cancel()
-
     def encode_by_value(self) -> None:
-        self.item = _call.encode_by_value(self.function, self.args, self.options)
+        """Let the function that the user gave travel by value."""
+        args = self.args
+        if self.function is run_chunk:
+            args = (_call.ByValue(args[0]), *args[1:])
+        self.item = _call.encode_by_value(self.function, args, self.options, self.variables)
+        self.size = len(self.item)
         self.by_value = True
 
     def succeed(self, result: object) -> None:
+        """End well; what was cancelled meanwhile stays so."""
         try:
             self.future.set_result(result)
         except InvalidStateError:
-            pass  # cancelled meanwhile
+            pass
+        self.future._forget()
 
     def fail(self, error: BaseException) -> None:
+        """End with an error; what was cancelled meanwhile stays so."""
         try:
             self.future.set_exception(error)
         except InvalidStateError:
             pass
+        self.future._forget()
 
     @property
     def name(self) -> str:
-        """The function's name, for messages."""
-        return getattr(self.function, "__qualname__", None) or repr(self.function)
+        """The name of the user's function, for messages."""
+        function = self.args[0] if self.function is run_chunk else self.function
+        return getattr(function, "__qualname__", None) or repr(function)
