@@ -23,8 +23,10 @@ Modules import only from those above them in this list:
     _peer, _address, _listener, _watch,
     _rendezvous, _host, _server                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
-    _call, _chunk, _schedule, _task, _worker,
-    _engine, _executor                              the pool: who gets which task, who runs it, who hears of it
+    _call, _chunk, _variables, _schedule, _task     the pool: calls on their way, and who gets which
+    _lifeline, _resident, _logs, _worker              what runs in a worker, and what it owes its parent
+    _member, _commons, _outcome, _stats, _engine    who hears of it
+    _map, _executor                                 what users call
 """
 
 import importlib
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from ._receiver_set import ReceiverSet
     from ._router import Route, Router, router
     from ._server import OneShotServer, Server
+    from ._stats import WorkerStats
     from ._task import Future, TaskTimeoutError, WorkerLostError
     from ._undecoded import UndecodedMessage
 
@@ -81,6 +84,7 @@ _LATE = {
     "TaskTimeoutError": "_task",
     "UndecodedMessage": "_undecoded",
     "WorkerLostError": "_task",
+    "WorkerStats": "_stats",
     "get_reusable_executor": "_executor",
     "router": "_router",
 }
@@ -123,6 +127,7 @@ __all__ = [
     "TaskTimeoutError",
     "UndecodedMessage",
     "WorkerLostError",
+    "WorkerStats",
     "bytes_channel",
     "channel",
     "connect",

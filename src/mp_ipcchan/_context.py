@@ -95,6 +95,13 @@ def installed() -> bool:
     return _registry["fork"] is _ours["fork"]
 
 
+def of_ours(context: stdlib.BaseContext) -> stdlib.BaseContext:
+    """Our context in place of a stock one, by its start method; any other context is itself."""
+    if context is _default:
+        context = _default.get_context()
+    return next((_ours[name] for name, stock in _stock.items() if context is stock), context)
+
+
 def install(method: str = "ipcchan") -> None:
     """Make ``multiprocessing`` ours, in this process and the children it starts, until ``uninstall()``.
 

@@ -27,6 +27,7 @@ from . import _call, _logs, _resident, _outcome
 from ._commons import Commons
 from ._deadline import remaining
 from ._fd import Fd
+from ._map import Mappings
 from ._member import ENDING, OPEN, STARTING, Member
 from ._message import Incoming
 from ._schedule import TARGET, Lane, Schedule
@@ -82,6 +83,7 @@ class Engine:
         self._timed = False
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
+        self.mappings = Mappings()
         self._commons: Commons | None = None
         #: The kernel's count of what it killed for want of memory, as last seen.
         self._out_of_memory = _resident.OutOfMemoryKills()
@@ -600,10 +602,11 @@ def _end() -> None:
     """
     engines = list(_engines)
     try:
-        for engine in engines:
-            engine.close()
         if getattr(sys, "last_type", None) is KeyboardInterrupt:
             raise KeyboardInterrupt
+        for engine in engines:
+            engine.mappings.read_rest()
+            engine.close()
         for engine in engines:
             engine.join()
     except KeyboardInterrupt:

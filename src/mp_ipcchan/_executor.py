@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from concurrent.futures import process as stdlib
-from itertools import islice
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ._chunk import ChunkSize, run_chunk
-from ._deadline import deadline_in, remaining
+from ._chunk import run_chunk
+from ._context import of_ours
+from ._deadline import deadline_in
 from ._engine import Engine
+from ._map import Mapping
+from ._stats import WorkerStats
 from ._task import Future, Task
 
 T = TypeVar("T")
-
-#: ``map`` keeps this many chunks a worker on their way; its results and their input are bounded by that.
-_CHUNKS_AHEAD = 4
 
 
 class _Submits(Executor):
@@ -62,18 +61,46 @@ class _Submits(Executor):
     ) -> Iterator[T]:
         """The results of ``fn`` for each call, in order, as the builtin ``map``.
 
-        The input is read as results are taken, a bounded number of calls ahead, so it may be endless.
+        The input is read as results are taken, a bounded number of calls ahead, so it may be endless. A list or the
+        like is worked off before anybody takes results; ``shutdown`` finishes it, too, and other input of which no
+        results were taken, unless it gets a ``buffersize``. Leaving the iteration early cancels what is on its way.
+
         ``timeout``: seconds from now, for each result; ``concurrent.futures.TimeoutError`` then. ``chunksize``: calls
-        that go to a worker as one task; by default what takes about two milliseconds. ``buffersize``: the most
-        calls that are on their way or done and not taken.
+        that go to a worker as one task, which a worker's death loses together; by default what takes about two
+        milliseconds, or one where tasks have a time limit (``options``), which is the whole chunk's. ``buffersize``:
+        the most calls that are on their way or done and not taken.
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be >= 1, or None")
-        results = _Results(self, fn, zip(*iterables), chunksize, buffersize, deadline_in(timeout))  # noqa: B905
-        results.fill()
-        return results.each()
+            raise ValueError("buffersize must be None or > 0")
+        if chunksize is None and self._timeout is not None:
+            # The time is each call's.
+            chunksize = 1
+        self._engine.check()
+        deadline = deadline_in(timeout)
+        mapping = Mapping(self._submit_chunk, fn, iterables, self._max_workers, chunksize, buffersize)
+        mapping.fill()
+        mapping.check()
+        self._engine.mappings.add(mapping)
+        return mapping.results(deadline, self._engine.revive)
+
+    def _submit_chunk(self, fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> Future[Any]:
+        return self._submit(run_chunk, (fn, calls), {})
+
+    def stats(self) -> list[WorkerStats]:
+        """What each worker is doing, and has done."""
+        return self._engine.stats()
+
+    def terminate_workers(self) -> None:
+        """End the workers with SIGTERM, and the executor; what was not finished fails with ``BrokenProcessPool``."""
+        self._engine.kill(BaseProcess.terminate)
+
+    def kill_workers(self) -> None:
+        """End the workers with SIGKILL, and the executor; what was not finished fails with ``BrokenProcessPool``."""
+        self._engine.kill(BaseProcess.kill)
 
     def options(self, *, timeout: float | None = None, retries: int = 0) -> _Submits:
         """This executor with options for what is submitted through the view that is returned.
@@ -94,8 +121,14 @@ class ProcessPoolExecutor(_Submits):
     A worker that dies fails the task that it ran, with ``WorkerLostError``, and is replaced. ``Future.cancel`` stops a
     task that runs. Functions that pickle can't take (lambdas, closures) go by value, with cloudpickle.
 
-    ``max_workers``: processes, by default as many as there are CPUs to use. ``mp_context``: a context of
-    ours, by default "ipcchan". ``max_tasks_per_child``: how many tasks a worker runs before it is replaced.
+    ``max_workers``: processes, by default as many as there are CPUs to use. ``mp_context``: a context, by default
+    "ipcchan"; a stock one stands for ours with its start method. ``max_tasks_per_child``: how many tasks a worker runs
+    before it is replaced. ``max_memory_per_child``: bytes of resident memory. A worker that has more after a task
+    is replaced; one that gets more while a task runs is killed within some hundredths of a second, and the task
+    fails with ``WorkerLostError``, whose hint names the limit and the size.
+
+    Log records and warnings of tasks reach the ``logging`` handlers and the warnings filters of this process. Context
+    variables that are attributes of modules reach the tasks, if their values can be pickled.
     """
 
     def __init__(
@@ -106,6 +139,7 @@ class ProcessPoolExecutor(_Submits):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        max_memory_per_child: int | None = None,
     ) -> None:
         if max_workers is None:
             max_workers = len(os.sched_getaffinity(0))
@@ -113,18 +147,16 @@ class ProcessPoolExecutor(_Submits):
             raise ValueError("max_workers must be greater than 0")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        if max_tasks_per_child is not None:
-            if not isinstance(max_tasks_per_child, int):
-                raise TypeError("max_tasks_per_child must be an integer")
-            if max_tasks_per_child <= 0:
-                raise ValueError("max_tasks_per_child must be >= 1")
+        _check_limit("max_tasks_per_child", max_tasks_per_child)
+        _check_limit("max_memory_per_child", max_memory_per_child)
         self._max_workers = max_workers
         self._engine = Engine(
-            mp_context or multiprocessing.get_context("ipcchan"),
+            of_ours(mp_context) if mp_context is not None else multiprocessing.get_context("ipcchan"),
             max_workers,
             initializer=initializer,
             initargs=initargs,
             max_tasks=max_tasks_per_child,
+            max_memory=max_memory_per_child,
             remote_traceback=stdlib._RemoteTraceback,
         )
         # An executor that is forgotten ends its workers once they have done what was submitted.
@@ -133,6 +165,8 @@ class ProcessPoolExecutor(_Submits):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks; the workers end when all is done. ``wait`` for that. ``cancel_futures`` that wait."""
+        if not cancel_futures:
+            self._engine.mappings.read_rest()
         self._engine.close(cancel_futures)
         if wait:
             self._engine.join()
@@ -144,14 +178,6 @@ class ProcessPoolExecutor(_Submits):
             # Whoever pressed Ctrl-C doesn't want to wait for the tasks.
             self.kill_workers()
         self.shutdown(wait=True)
-
-    def terminate_workers(self) -> None:
-        """End the workers with SIGTERM, and the executor; what was not finished fails with ``BrokenProcessPool``."""
-        self._engine.kill(BaseProcess.terminate)
-
-    def kill_workers(self) -> None:
-        """End the workers with SIGKILL, and the executor; what was not finished fails with ``BrokenProcessPool``."""
-        self._engine.kill(BaseProcess.kill)
 
 
 class _View(_Submits):
@@ -170,66 +196,16 @@ class _View(_Submits):
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
-class _Results:
-    """The chunks of one ``map``: those on their way, and what is to follow them."""
-
-    def __init__(
-        self,
-        executor: _Submits,
-        function: Callable[..., Any],
-        calls: Iterator[tuple[Any, ...]],
-        chunksize: int | None,
-        buffersize: int | None,
-        deadline: float | None,
-    ) -> None:
-        self._executor = executor
-        self._function = function
-        self._calls = calls
-        self._size = ChunkSize(chunksize)
-        self._buffersize = buffersize
-        self._deadline = deadline
-        self._most = max(2, _CHUNKS_AHEAD * executor._max_workers)
-        #: In order; and how many calls each is.
-        self._chunks: deque[tuple[Future[Any], int]] = deque()
-        self._ahead = 0
-
-    def fill(self) -> None:
-        """Submit chunks until enough are on their way, or the input ends."""
-        while len(self._chunks) < self._most:
-            size = self._size.size
-            if self._buffersize is not None:
-                size = min(size, self._buffersize - self._ahead)
-            calls = list(islice(self._calls, size)) if size > 0 else []
-            if not calls:
-                return
-            self._chunks.append((self._executor._submit(run_chunk, (self._function, calls), {}), len(calls)))
-            self._ahead += len(calls)
-
-    def each(self) -> Iterator[Any]:
-        """The results. Whatever is on its way when this ends is cancelled."""
-        try:
-            yield from self._each()
-        finally:
-            for future, _ in self._chunks:
-                future.cancel()
-
-    def _each(self) -> Iterator[Any]:
-        while self._chunks:
-            future, calls = self._chunks[0]
-            results, failure, seconds = future.result(remaining(self._deadline))
-            self._chunks.popleft()
-            self._size.learn(calls, seconds)
-            # Taken from the end: nothing is kept that was handed out.
-            results.reverse()
-            while results:
-                self._ahead -= 1
-                self.fill()
-                yield results.pop()
-            if failure is not None:
-                raise self._executor._engine.revive(*failure)
-            self.fill()
+def _check_limit(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer")
+    if value <= 0:
+        raise ValueError(f"{name} must be >= 1")
 
 
+_reusable_lock = threading.RLock()
 _reusable: ProcessPoolExecutor | None = None
 _reusable_made_of: tuple[Any, ...] = ()
 
@@ -241,15 +217,31 @@ def get_reusable_executor(
     initargs: tuple[Any, ...] = (),
     *,
     max_tasks_per_child: int | None = None,
+    max_memory_per_child: int | None = None,
 ) -> ProcessPoolExecutor:
     """The executor of this process: made once, and anew where it is broken, shut down, or other arguments are given."""
     global _reusable, _reusable_made_of
-    made_of = (os.getpid(), max_workers, mp_context, initializer, initargs, max_tasks_per_child)
-    if _reusable is None or _reusable_made_of != made_of or not _reusable._engine.usable:
-        if _reusable is not None and _reusable_made_of[0] == os.getpid():
-            _reusable.shutdown(wait=False)
-        _reusable = ProcessPoolExecutor(
-            max_workers, mp_context, initializer, initargs, max_tasks_per_child=max_tasks_per_child
-        )
-        _reusable_made_of = made_of
-    return _reusable
+    limits = (max_tasks_per_child, max_memory_per_child)
+    made_of = (os.getpid(), max_workers, mp_context, initializer, initargs, limits)
+    with _reusable_lock:
+        if _reusable is None or _reusable_made_of != made_of or not _reusable._engine.usable:
+            if _reusable is not None and _reusable_made_of[0] == os.getpid():
+                _reusable.shutdown(wait=False)
+            _reusable = ProcessPoolExecutor(
+                max_workers,
+                mp_context,
+                initializer,
+                initargs,
+                max_tasks_per_child=max_tasks_per_child,
+                max_memory_per_child=max_memory_per_child,
+            )
+            _reusable_made_of = made_of
+        return _reusable
+
+
+def _forget_lock() -> None:
+    global _reusable_lock
+    _reusable_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)

@@ -79,11 +79,9 @@ def forward(link: Link, wanted: Levels, told: Callable[[], None]) -> None:
     send = _Sending(link, told)
     logging.root.addHandler(_Handler(send))
 
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
-        send(_first_that_pickles((WARNING, message, category, filename, lineno),
-                                 (WARNING, str(message), UserWarning, filename, lineno)))
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        as_text = (WARNING, str(message), UserWarning, filename, lineno)
+        send(_first_that_pickles((WARNING, message, category, filename, lineno), as_text))
 
     warnings.showwarning = show  # type: ignore[assignment]
 

@@ -7,14 +7,13 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from . import _call
 from ._channel import channel
 from ._inlet import EndOfStream
 from ._lifeline import interrupts_held_back
-from ._message import Incoming
+from ._message import Incoming, Outgoing
 from ._receiver import Receiver
 from ._sender import Sender
 from ._task import Task
@@ -34,8 +33,20 @@ _fence = threading.Lock()
 class Member:
     """Owns the channels' ends, the pidfd, and the words of its cell."""
 
-    __slots__ = ("_cell", "busy", "fault", "head_since", "levels", "logged", "pidfd", "process", "results", "slot",
-                 "state", "tasks")
+    __slots__ = (
+        "_cell",
+        "busy",
+        "fault",
+        "head_since",
+        "levels",
+        "logged",
+        "pidfd",
+        "process",
+        "results",
+        "slot",
+        "state",
+        "tasks",
+    )
 
     def __init__(
         self, process: Any, pidfd: int, tasks: Sender[Any], results: Receiver[Any], cell: memoryview, slot: int
@@ -108,10 +119,10 @@ class Member:
             return sent, error
         return len(tasks), None
 
-    def tell(self, frame: bytes) -> None:
-        """Send one frame, if the worker is there to hear it."""
+    def tell(self, item: Outgoing) -> None:
+        """Send a message, if the worker is there to hear it."""
         try:
-            self.tasks._open_link().outlet.send(frame)
+            self.tasks._open_link().outlet.send(item)
         except OSError:
             pass
 

@@ -39,7 +39,8 @@ def settle(task: Task, incoming: Incoming, remote_traceback: type[Exception]) ->
         except Exception:
             # The worker's error says more.
             pass
-    _end(task, revive(*rest, remote_traceback))
+    text, pickled = rest
+    _end(task, revive(text, pickled, remote_traceback))
     return True
 
 
@@ -72,7 +73,9 @@ def revive(text: str, pickled: bytes | None, remote_traceback: type[Exception]) 
         except BaseException as reason:
             error = SerializationError(f"the task raised an exception that can't be unpickled ({reason})")
         if not isinstance(error, BaseException):
-            error = SerializationError(f"the task raised an exception whose pickle makes {type(error).__name__!r} of it")
+            error = SerializationError(
+                f"the task raised an exception whose pickle makes {type(error).__name__!r} of it"
+            )
     assert isinstance(error, BaseException)
     error.__cause__ = remote_traceback(text)
     return error

@@ -91,7 +91,19 @@ class Future(StdlibFuture[T], Generic[T]):
 class Task:
     """A call, who waits for it, and what was asked for."""
 
-    __slots__ = ("args", "by_value", "function", "future", "item", "options", "repeatable", "retries", "size", "timeout", "variables")
+    __slots__ = (
+        "args",
+        "by_value",
+        "function",
+        "future",
+        "item",
+        "options",
+        "repeatable",
+        "retries",
+        "size",
+        "timeout",
+        "variables",
+    )
 
     def __init__(
         self,

@@ -60,9 +60,7 @@ def _can_be_pickled(value: object) -> bool:
     return True
 
 
-def call_with(
-    values: Values, function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
-) -> Any:
+def call_with(values: Values, function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """In a context of its own: set the variables, then call."""
     for module, name, value in values:
         try:

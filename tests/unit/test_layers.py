@@ -40,7 +40,7 @@ LAYERS = [
     ["_variables", "_schedule", "_logs", "_resident", "_lifeline", "_stats"],
     ["_call"],
     ["_chunk"],
-    ["_task", "_worker"],
+    ["_task", "_worker", "_map"],
     ["_outcome", "_member", "_commons"],
     ["_engine"],
     ["_executor"],
