@@ -23,7 +23,8 @@ Modules import only from those above them in this list:
     _peer, _address, _listener, _watch,
     _rendezvous, _host, _server                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
-    _call, _chunk, _variables, _schedule, _task     the pool: calls on their way, and who gets which
+    _call, _chunk, _variables, _schedule,
+    _future, _task                                  the pool: calls on their way, and who gets which
     _lifeline, _resident, _logs, _worker              what runs in a worker, and what it owes its parent
     _member, _commons, _outcome, _stats, _engine    who hears of it
     _map, _executor                                 what users call
@@ -66,12 +67,15 @@ if TYPE_CHECKING:
     from ._stats import WorkerStats
     from ._task import Future, TaskTimeoutError, WorkerLostError
     from ._undecoded import UndecodedMessage
+    from ._future import Future
+    from ._task import TaskTimeoutError, WorkerLostError
 
 __version__ = "0.1.0"
 
 #: Names that are imported when they are first used: they need concurrent.futures, dataclasses, logging or subprocess.
 _LATE = {
     "ChannelClosed": "_events",
+    "Future": "_future",
     "Future": "_task",
     "MessageReceived": "_events",
     "OneShotServer": "_server",

@@ -121,6 +121,8 @@ def outcome_of(incoming: Incoming) -> Outgoing:
 SKIPPED_FRAME: Final = _codec.encode((SKIPPED,))
 #: What a worker is sent last.
 END_FRAME: Final = _codec.encode(None)
+#: Sent beside an outcome that went another way, for a parent that may not look there.
+WAKE_FRAME: Final = _codec.encode(None)
 
 
 def failure(kind: int, error: BaseException) -> Outgoing:

@@ -6,19 +6,20 @@ import os
 import select
 import threading
 
-from . import _segment
+from . import _ring, _segment
 from ._channel import channel
 from ._fd import Fd
 from ._lifeline import Lifeline
-from ._worker import CELL_WORDS, map_cells
+from ._worker import ASLEEP, Cells
 
 
 class Commons:
     """Owns all of it; made with the first task, closed with the last worker, and in forked children."""
 
     def __init__(self, size: int) -> None:
-        self.cells = Fd._own(_segment.create_blank(size * CELL_WORDS * 8))
-        self._words = map_cells(self.cells.fileno(), size)
+        self.cells_fd = Fd._own(_segment.create_blank(Cells.size(size)))
+        self.cells = Cells(self.cells_fd.fileno(), size)
+        self._common = self.cells.common
         self.free_slots = list(range(size))
         self.lifeline = Lifeline()
         self.logs_sender, self.logs = channel()
@@ -30,9 +31,14 @@ class Commons:
         self.epoll.register(self.wake, select.EPOLLIN)
         self.epoll.register(self.logs_fd, select.EPOLLIN)
 
-    def cell(self, slot: int) -> memoryview:
-        """The words of one cell."""
-        return self._words[slot * CELL_WORDS : (slot + 1) * CELL_WORDS]
+    def falls_asleep(self) -> None:
+        """The thread is about to wait: who has something for it wakes it. It looks once more, after this."""
+        self._common[ASLEEP] = 1
+        _ring.fence()
+
+    def is_awake(self) -> None:
+        """The thread looks at everything: nobody needs to wake it."""
+        self._common[ASLEEP] = 0
 
     def notify(self) -> None:
         """Wake the thread, if it is still there."""
@@ -54,5 +60,6 @@ class Commons:
             self.lifeline.close()
             self.logs_sender.close()
             self.logs.close()
-            self._words.release()
+            self._common.release()
             self.cells.close()
+            self.cells_fd.close()

@@ -100,15 +100,30 @@ class Engine:
         future._task, future._abandon = task, self._abandon
         if task.timeout is not None:
             self._timed = True
-        with self._lock:
-            self.check()
-            if self._thread is None:
-                self._open()
-            pending = self._schedule.pending
+        self.check()
+        pending = self._schedule.pending
+        if self._saturated and len(self.workers) == self._size:
+            # The usual case where many are submitted, without the lock: whoever takes ``_saturated`` back looks at what
+            # waits after that, and this looks at ``_saturated`` after it is among those.
             pending.append(task)
-            if not self._saturated:
-                # Those that are busy are given more by the thread, several at a time.
-                self._dispatch(refill=False)
+            if self._saturated:
+                return
+            waits = True
+        else:
+            waits = False
+        with self._lock:
+            try:
+                self.check()
+                if self._thread is None:
+                    self._open()
+            except BaseException:
+                if waits and task in pending:
+                    pending.remove(task)
+                raise
+            if not waits:
+                pending.append(task)
+            # Those that are busy are given more by the thread, several at a time.
+            self._dispatch(refill=False)
             if pending and len(self.workers) < self._size and time.monotonic() >= self._start_at:
                 try:
                     self._start_worker()
@@ -218,9 +233,9 @@ class Engine:
         slot = commons.free_slots[-1]
         levels = _logs.levels()
         # Duplicates: a forked child closes what is the pool's own.
-        with Fd(commons.cells) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
+        with Fd(commons.cells_fd) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
             shared = (cells, self._size, lifeline, logs, levels, self._setup)
-            worker = Member.start(self._context, commons.cell(slot), slot, *shared)
+            worker = Member.start(self._context, commons.cells, slot, *shared)
         worker.levels = levels
         commons.free_slots.pop()
         key, self._next_key = self._next_key, self._next_key + 1
@@ -241,14 +256,16 @@ class Engine:
 
     def _dispatch(self, refill: bool = True) -> None:
         pending = self._schedule.pending
-        while pending:
+        while True:
             given = self._schedule.assign(refill)
             again = False
             for key, tasks in given:
                 again |= self._give(key, tasks)
-            if not again:
-                break
-        self._saturated = bool(pending)
+            if again:
+                continue
+            self._saturated = bool(pending)
+            if self._saturated or not pending:
+                return
 
     def _give(self, key: int, tasks: list[Task]) -> bool:
         """Send a worker what it was assigned; whether some of it has to be assigned anew."""
@@ -278,6 +295,7 @@ class Engine:
     def _break(self, reason: str) -> list[Task]:
         """Nothing can be run any more; the tasks that this concerns, which the caller lets fail without the lock."""
         self._broken = reason
+        self._saturated = False
         tasks = list(self._schedule.pending)
         self._schedule.pending.clear()
         for lane in self._schedule.lanes.values():
@@ -322,8 +340,23 @@ class Engine:
         commons = self._commons
         assert commons is not None
         while True:
-            events = commons.epoll.poll(self._patience())
+            failed: list[tuple[Task, BaseException]] = []
+            with self._lock:
+                self._look_after()
+                failed, self._unsendable = self._unsendable, failed
+                finished = self._finished()
+                patience = self._patience()
+            _outcome.fail(failed)
+            if finished:
+                self._release()
+                return
+            commons.falls_asleep()
+            if any(worker.has_more for worker in list(self.workers.values())):
+                patience = 0
+            events = commons.epoll.poll(patience)
+            commons.is_awake()
             deaths: list[int] = []
+            readable: set[int] = set()
             for fd, _ in events:
                 if fd == commons.wake:
                     os.eventfd_read(fd)
@@ -335,34 +368,27 @@ class Engine:
                 if died:
                     deaths.append(key)
                 elif key >= 0:
-                    self._hear(key)
+                    readable.add(key)
+            for key, worker in list(self.workers.items()):
+                if key in readable or worker.has_more:
+                    self._hear(key, key in readable)
             for key in deaths:
                 self._bury(key)
-            failed: list[tuple[Task, BaseException]] = []
-            with self._lock:
-                self._look_after()
-                failed, self._unsendable = self._unsendable, failed
-                finished = self._finished()
-            _outcome.fail(failed)
-            if finished:
-                self._release()
-                return
 
     def _patience(self) -> float | None:
         """How long to wait for events (seconds)."""
-        with self._lock:
-            deadlines = []
-            if self._timed:
-                for key, head in self._heads():
-                    if head.timeout is not None and self.workers[key].fault is None:
-                        deadlines.append(self.workers[key].head_since + head.timeout)
-            lane_behind = self._schedule.waiting_elsewhere()
-            if lane_behind is not None:
-                deadlines.append(self.workers[lane_behind.key].head_since + _PATIENCE)
-            if self._setup.max_memory is not None and next(self._heads(), None):
-                deadlines.append(time.monotonic() + _MEMORY_INTERVAL)
-            if self._schedule.pending and len(self.workers) < self._size and self._start_at:
-                deadlines.append(self._start_at)
+        deadlines = []
+        if self._timed:
+            for key, head in self._heads():
+                if head.timeout is not None and self.workers[key].fault is None:
+                    deadlines.append(self.workers[key].head_since + head.timeout)
+        lane_behind = self._schedule.waiting_elsewhere()
+        if lane_behind is not None:
+            deadlines.append(self.workers[lane_behind.key].head_since + _PATIENCE)
+        if self._setup.max_memory is not None and next(self._heads(), None):
+            deadlines.append(time.monotonic() + _MEMORY_INTERVAL)
+        if self._schedule.pending and len(self.workers) < self._size and self._start_at:
+            deadlines.append(self._start_at)
         return remaining(min(deadlines)) if deadlines else None
 
     def _heads(self) -> Iterator[tuple[int, Task]]:
@@ -372,10 +398,10 @@ class Engine:
             if head is not None:
                 yield key, head
 
-    def _hear(self, key: int) -> None:
-        """Take the outcomes that a worker has sent."""
+    def _hear(self, key: int, readable: bool = True) -> None:
+        """Take the outcomes that a worker has sent. ``readable``: whether its channel is."""
         worker = self.workers[key]
-        incoming, ended = worker.receive()
+        incoming, ended = worker.receive(readable)
         if ended:
             self._ignore(worker.results_fd)
         if incoming and worker.state == STARTING:

@@ -17,9 +17,10 @@ from ._chunk import run_chunk
 from ._context import of_ours
 from ._deadline import deadline_in
 from ._engine import Engine
+from ._future import Future
 from ._map import Mapping
 from ._stats import WorkerStats
-from ._task import Future, Task
+from ._task import Task
 
 T = TypeVar("T")
 

@@ -143,7 +143,9 @@ class Mapping:
                 self._size.learn(calls, seconds)
                 # Taken from the end: nothing is kept that was handed out.
                 results.reverse()
-                while results:
+                while True:
+                    if not results:
+                        break
                     self._ahead -= 1
                     self.fill()
                     yield results.pop()

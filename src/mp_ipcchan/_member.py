@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections import deque
 from typing import Any
@@ -15,19 +14,28 @@ from ._inlet import EndOfStream
 from ._lifeline import interrupts_held_back
 from ._message import Incoming, Outgoing
 from ._receiver import Receiver
+from ._ring import Reader, fence
 from ._sender import Sender
 from ._task import Task
-from ._worker import BUSY, CELL_WORDS, INITIALIZING, LOGGED, STARTED, TAKEN_FROM, TAKEN_TO, work
+from ._worker import (
+    ANSWERED,
+    BUSY,
+    HEAD,
+    INITIALIZING,
+    LOGGED,
+    STARTED,
+    TAIL,
+    TAKEN_FROM,
+    TAKEN_TO,
+    Cells,
+    work,
+)
 from .errors import ProtocolError
 
-#: The most packets taken from one worker before others have their turn.
-_MOST_AT_ONCE = 512
 #: How long to wait (seconds) for an exit code that another thread is just collecting.
 _EXIT_PATIENCE = 1.0
 
 STARTING, OPEN, ENDING = range(3)
-
-_fence = threading.Lock()
 
 
 class Member:
@@ -35,6 +43,8 @@ class Member:
 
     __slots__ = (
         "_cell",
+        "_heard",
+        "_ring",
         "busy",
         "fault",
         "head_since",
@@ -49,14 +59,17 @@ class Member:
     )
 
     def __init__(
-        self, process: Any, pidfd: int, tasks: Sender[Any], results: Receiver[Any], cell: memoryview, slot: int
+        self, process: Any, pidfd: int, tasks: Sender[Any], results: Receiver[Any], cells: Cells, slot: int
     ) -> None:
         self.process = process
         self.pidfd = pidfd
         self.tasks = tasks
         self.results = results
         self.slot = slot
-        self._cell = cell
+        self._cell = cells.cell(slot)
+        self._ring = Reader(cells.ring(slot), self._cell, HEAD, TAIL)
+        #: How many outcomes it has sent, as far as received.
+        self._heard = 0
         self.state = STARTING
         #: Since when (monotonic seconds) its first unanswered task has been that.
         self.head_since = 0.0
@@ -69,9 +82,10 @@ class Member:
         self.fault: BaseException | None = None
 
     @classmethod
-    def start(cls, context: Any, cell: memoryview, slot: int, *args: Any) -> Member:
+    def start(cls, context: Any, cells: Cells, slot: int, *args: Any) -> Member:
         """Start a worker; ``args`` are what ``work`` takes behind the slot. Raises what starting a process raises."""
-        for word in range(CELL_WORDS):
+        cell = cells.cell(slot)
+        for word in range(len(cell)):
             cell[word] = 0
         tasks_tx, tasks_rx = channel()
         results_tx, results_rx = channel()
@@ -84,7 +98,7 @@ class Member:
             tasks_tx.close()
             results_rx.close()
             raise
-        return cls(process, pidfd, tasks_tx, results_rx, cell, slot)
+        return cls(process, pidfd, tasks_tx, results_rx, cells, slot)
 
     @property
     def results_fd(self) -> int:
@@ -126,12 +140,36 @@ class Member:
         except OSError:
             pass
 
-    def receive(self) -> tuple[deque[Incoming], bool]:
-        """What it has sent, and whether that was the end."""
+    def receive(self, readable: bool) -> tuple[deque[Incoming], bool]:
+        """What it has sent, in order, and whether that was the end. ``readable``: whether its channel is."""
+        found: deque[Any] = deque()
+        ended = False
+        while True:
+            before = len(found)
+            self._ring.take(self._heard, found)
+            self._heard += len(found) - before
+            # A gap in the ring: the next one came by the channel.
+            if not readable and not self._ring:
+                break
+            packets, ended = self._receive_packets()
+            if not packets:
+                break
+            if packets[0] == _call.WAKE_FRAME:
+                # The one that it is beside was in the ring; another may be behind it.
+                continue
+            readable = False
+            found.extend(packets)
+            if self.state != STARTING:
+                self._heard += len(packets)
+        self._cell[ANSWERED] = self._heard
+        return found, ended
+
+    def _receive_packets(self) -> tuple[deque[Any], bool]:
+        """The next that came by the channel, and whether there was the end instead."""
         found: deque[Any] = deque()
         inlet = self.results._open_link().inlet
         try:
-            inlet.take_what_is_there(found, _MOST_AT_ONCE)
+            inlet.take_what_is_there(found, 1)
         except EndOfStream:
             return found, True
         except ProtocolError:
@@ -141,6 +179,11 @@ class Member:
             # This process has no room for the descriptors of a result: that is lost, and its task with it.
             found.append(_call.failure(_call.RAISED, error))
         return found, False
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to receive that nothing wakes for."""
+        return bool(self._ring)
 
     # -- the cell ----------------------------------------------------------------------------
 
@@ -177,9 +220,8 @@ class Member:
             first = self._cell[TAKEN_FROM]
         self._cell[TAKEN_FROM] = first
         self._cell[TAKEN_TO] = total
-        # Asked after it was told, as the worker tells before it asks. The lock's atomic instruction keeps the order.
-        with _fence:
-            pass
+        # Asked after it was told, as the worker tells before it asks.
+        fence()
         return max(first, self._cell[STARTED])
 
     # -- its end -----------------------------------------------------------------------------

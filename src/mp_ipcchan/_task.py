@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future as StdlibFuture
 from concurrent.futures import InvalidStateError
-from concurrent.futures import _base as _futures
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from . import _call, _variables
 from ._chunk import run_chunk
+from ._future import Future
 from ._message import Message, Outgoing
 from .errors import IpcError
-
-T = TypeVar("T")
 
 
 class WorkerLostError(IpcError, BrokenProcessPool):
@@ -51,41 +48,6 @@ def _signal_name(exitcode: int | None) -> str | None:
         return signal.Signals(-exitcode).name
     except ValueError:
         return f"signal {-exitcode}"
-
-
-class Future(StdlibFuture[T], Generic[T]):
-    """A ``concurrent.futures.Future`` whose ``cancel`` stops the task even while it runs."""
-
-    #: Called with the task when it is cancelled: takes it out of the queue, or ends the worker that runs it.
-    _abandon: Callable[[Task], None] | None = None
-    _task: Task | None = None
-
-    def cancel(self) -> bool:
-        """Cancel the task, running or not; False only where it has finished."""
-        with self._condition:
-            if self._state in (_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED):
-                return True
-            if self._state == _futures.FINISHED:
-                return False
-            self._state = _futures.CANCELLED
-            self._condition.notify_all()
-            self.set_running_or_notify_cancel()
-            abandon, task = self._abandon, self._task
-            self._forget()
-        if abandon is not None and task is not None:
-            abandon(task)
-        self._invoke_callbacks()  # type: ignore[attr-defined]
-        return True
-
-    def _begin(self) -> None:
-        """It was given to a worker, perhaps not for the first time."""
-        with self._condition:
-            if self._state == _futures.PENDING:
-                self._state = _futures.RUNNING
-
-    def _forget(self) -> None:
-        """It has ended: who keeps the future doesn't keep the arguments."""
-        self._task = self._abandon = None
 
 
 class Task:

@@ -8,22 +8,24 @@ back, and how long the worker was busy. Each word has one writer.
 from __future__ import annotations
 
 import contextvars
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import _call, _logs, _resident, _segment
+from . import _call, _logs, _resident, _ring, _segment
 from ._fd import Fd
 from ._lifeline import end_with, ignore_interrupts
-from ._message import Incoming
+from ._message import Incoming, Outgoing
 from ._receiver import Receiver
 from ._sender import Sender
 from .errors import Disconnected
 
-#: Words of eight bytes in a cell: a cache line. Two are the parent's to write, the others the worker's.
-CELL_WORDS = 8
-STARTED, TAKEN_FROM, TAKEN_TO, BUSY, INITIALIZING, LOGGED = range(6)
+#: Words of eight bytes in a cell, two cache lines: the worker writes to the first, the parent to the other.
+CELL_WORDS = 16
+STARTED, BUSY, INITIALIZING, LOGGED, HEAD = range(5)
+TAKEN_FROM, TAKEN_TO, TAIL, ANSWERED = range(8, 12)
+#: The first word of the cell behind all others: whether the parent's thread sleeps, or is about to.
+ASLEEP = 0
 
 #: What a worker sends first: it is ready, or not, and why.
 READY = ("ready",)
@@ -37,9 +39,35 @@ class Setup(NamedTuple):
     max_memory: int | None
 
 
-def map_cells(fd: int, count: int) -> memoryview:
-    """The words of ``count`` cells."""
-    return _segment.map_whole(fd, count * CELL_WORDS * 8).cast("Q")
+class Cells:
+    """The memory that a parent shares with ``count`` workers: a cell and a ring for each, and a cell for all."""
+
+    def __init__(self, fd: int, count: int) -> None:
+        self._all = _segment.map_whole(fd, self.size(count))
+        self._count = count
+
+    @staticmethod
+    def size(count: int) -> int:
+        """The bytes it takes."""
+        return (count + 1) * CELL_WORDS * 8 + count * _ring.SIZE
+
+    def cell(self, slot: int) -> memoryview:
+        """The words of a worker."""
+        return self._all[slot * CELL_WORDS * 8 : (slot + 1) * CELL_WORDS * 8].cast("Q")
+
+    def ring(self, slot: int) -> memoryview:
+        """The ring that a worker writes its outcomes to."""
+        begin = (self._count + 1) * CELL_WORDS * 8 + slot * _ring.SIZE
+        return self._all[begin : begin + _ring.SIZE]
+
+    @property
+    def common(self) -> memoryview:
+        """The words that concern all."""
+        return self.cell(self._count)
+
+    def close(self) -> None:
+        """Forget the memory; it goes with the last view of it."""
+        self._all.release()
 
 
 def work(
@@ -57,8 +85,8 @@ def work(
     ignore_interrupts()
     end_with(lifeline)
     with cells:
-        words = map_cells(cells.fileno(), count)
-    cell = words[slot * CELL_WORDS : (slot + 1) * CELL_WORDS]
+        memory = Cells(cells.fileno(), count)
+    cell = memory.cell(slot)
 
     def logged() -> None:
         cell[LOGGED] += 1
@@ -66,10 +94,49 @@ def work(
     # The link, not the endpoint: processes that a task forks close that, and may log, too.
     _logs.forward(logs._open_link().retain(), levels, logged)
     # A forked worker has the context of whoever happened to start it: the tasks of others have nothing to do with that.
-    contextvars.Context().run(_initialize_and_serve, tasks, results, cell, setup)
+    outbox = _Outbox(results, cell, memory.ring(slot), memory.common)
+    contextvars.Context().run(_initialize_and_serve, tasks, results, cell, outbox, setup)
 
 
-def _initialize_and_serve(tasks: Receiver[Any], results: Sender[Any], cell: memoryview, setup: Setup) -> None:
+class _Outbox:
+    """Where outcomes leave: by the ring while the parent is awake, else by the channel, which wakes it.
+
+    It is woken once: until it has taken notice, the ring will do, for it looks there before it sleeps again.
+    """
+
+    def __init__(self, results: Sender[Any], cell: memoryview, ring: memoryview, common: memoryview) -> None:
+        self._send = results._open_link().outlet.send_now
+        self._ring = _ring.Writer(ring, cell, HEAD, TAIL)
+        self._cell = cell
+        self._common = common
+        #: How many answers the parent has when it has taken notice of what was sent last by the channel.
+        self._noticed = 0
+
+    def send(self, number: int, outcome: Outgoing) -> None:
+        """Hand over the outcome of a task. Then it counts, whatever the next task does to this process."""
+        if not self._is_asleep() and isinstance(outcome, bytes) and self._ring.put(number, outcome):
+            # It may have gone to sleep meanwhile. It says so before it looks, as we write before we ask.
+            _ring.fence()
+            if self._is_asleep():
+                self._noticed = number + 1
+                self._send(_call.WAKE_FRAME)
+            return
+        self._noticed = number + 1
+        try:
+            self._send(outcome)
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except OSError as error:
+            # No descriptors or memory left for a large result. The text of it needs neither.
+            self._send(_call.failure(_call.RAISED, error))
+
+    def _is_asleep(self) -> bool:
+        return bool(self._common[ASLEEP]) and self._cell[ANSWERED] >= self._noticed
+
+
+def _initialize_and_serve(
+    tasks: Receiver[Any], results: Sender[Any], cell: memoryview, outbox: _Outbox, setup: Setup
+) -> None:
     try:
         if setup.initializer is not None:
             function, args = setup.initializer
@@ -83,7 +150,7 @@ def _initialize_and_serve(tasks: Receiver[Any], results: Sender[Any], cell: memo
             results.send(("failed", _too_large_from_the_start(size, setup.max_memory)))
             return
         results.send(READY)
-        _serve(tasks, results, cell, setup.max_memory)
+        _serve(tasks, outbox, cell, setup.max_memory)
     except (Disconnected, BrokenPipeError, ConnectionResetError):
         # The pool has ended, or has no use for this worker any more.
         pass
@@ -96,9 +163,7 @@ def _too_large_from_the_start(size: int, limit: int) -> str:
     )
 
 
-def _serve(tasks: Receiver[Any], results: Sender[Any], cell: memoryview, max_memory: int | None) -> None:
-    send = results._open_link().outlet.send_now
-    fence = threading.Lock()
+def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, max_memory: int | None) -> None:
     now = time.perf_counter_ns
     number = 0
     while True:
@@ -106,9 +171,8 @@ def _serve(tasks: Receiver[Any], results: Sender[Any], cell: memoryview, max_mem
         if incoming == _call.END_FRAME:
             return
         cell[STARTED] = number + 1
-        # Told before asked: the parent asks after it has told. The lock's atomic instruction keeps the order.
-        with fence:
-            pass
+        # Told before asked: the parent asks after it has told.
+        _ring.fence()
         if cell[TAKEN_FROM] <= number < cell[TAKEN_TO]:
             # It was not begun after all, should this process die now.
             cell[STARTED] = number
@@ -120,14 +184,7 @@ def _serve(tasks: Receiver[Any], results: Sender[Any], cell: memoryview, max_mem
             cell[BUSY] += now() - begun
         # Not kept while waiting for the next.
         incoming = None
-        try:
-            # Waits until the kernel has it: then it counts, whatever the next task does to this process.
-            send(outcome)
-        except (BrokenPipeError, ConnectionResetError):
-            raise
-        except OSError as error:
-            # No descriptors or memory left for a large result. The text of it needs neither.
-            send(_call.failure(_call.RAISED, error))
+        outbox.send(number, outcome)
         del outcome
         number += 1
         if max_memory is not None and _resident.resident() > max_memory:

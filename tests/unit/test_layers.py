@@ -37,7 +37,7 @@ LAYERS = [
     ["_process"],
     ["_reduction"],
     ["_context"],
-    ["_variables", "_schedule", "_logs", "_resident", "_lifeline", "_stats"],
+    ["_variables", "_schedule", "_logs", "_resident", "_lifeline", "_stats", "_ring", "_future"],
     ["_call"],
     ["_chunk"],
     ["_task", "_worker", "_map"],

@@ -1,0 +1,95 @@
+"""Small outcomes in memory that a worker and its parent share: neither makes a system call for them.
+
+A ring of records, each its number, its size and a frame. One process writes, the other reads. A head and a tail
+count the bytes written and read, and only grow; a record counts once the head is past it, so a writer that is
+killed leaves none half-written. What has no room goes another way, and the numbers tell the reader whose turn it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+#: Bytes of a ring; a multiple of 8, as everything in it.
+SIZE = 65536
+#: No frame is larger (bytes): copying costs more than the system call from there on.
+LARGEST = 4096
+#: In place of a size: the rest up to the end of the ring is unused.
+_WRAP = 0xFFFFFFFF
+
+_fence = threading.Lock()
+
+
+def fence() -> None:
+    """Let all that was written before be seen before what is written after, and likewise for reading."""
+    # The lock's atomic instruction is a barrier, on every machine; nobody ever waits for it.
+    with _fence:
+        pass
+
+
+class Writer:
+    def __init__(self, ring: memoryview, cell: memoryview, head: int, tail: int) -> None:
+        self._bytes = ring
+        self._words = ring.cast("Q")
+        self._cell = cell
+        #: Which words of the cell are the ring's.
+        self._head, self._tail = head, tail
+        self._at = 0
+
+    def put(self, number: int, frame: bytes) -> bool:
+        """Append a record; False where there is no room for it."""
+        size = len(frame)
+        if size > LARGEST:
+            return False
+        begin = self._at
+        position = begin % SIZE
+        need = 8 + (size + 7 & ~7)
+        skip = SIZE - position if position + need > SIZE else 0
+        if begin + skip + need - self._cell[self._tail] > SIZE:
+            return False
+        if skip:
+            self._words[position >> 3] = _WRAP
+            position = 0
+        self._words[position >> 3] = (number & 0xFFFFFFFF) << 32 | size
+        self._bytes[position + 8 : position + 8 + size] = frame
+        self._at = begin + skip + need
+        fence()
+        self._cell[self._head] = self._at
+        return True
+
+
+class Reader:
+    def __init__(self, ring: memoryview, cell: memoryview, head: int, tail: int) -> None:
+        self._bytes = ring
+        self._words = ring.cast("Q")
+        self._cell = cell
+        self._head, self._tail = head, tail
+        self._at = 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to read."""
+        return self._cell[self._head] != self._at
+
+    def take(self, number: int, into: deque[bytes]) -> None:
+        """Read the records from ``number`` on, as long as they follow each other without a gap."""
+        head = self._cell[self._head]
+        at = self._at
+        if at == head:
+            return
+        fence()
+        words, data = self._words, self._bytes
+        while at < head:
+            position = at % SIZE
+            word = words[position >> 3]
+            size = word & 0xFFFFFFFF
+            if size == _WRAP:
+                at += SIZE - position
+                continue
+            if word >> 32 != number & 0xFFFFFFFF:
+                break
+            into.append(bytes(data[position + 8 : position + 8 + size]))
+            at += 8 + (size + 7 & ~7)
+            number += 1
+        self._at = at
+        fence()
+        self._cell[self._tail] = at

@@ -1,0 +1,72 @@
+"""Records in shared memory: whole, in order, or not at all."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+from mp_ipcchan import _ring
+
+
+def _pair() -> tuple[_ring.Writer, _ring.Reader]:
+    ring = memoryview(bytearray(_ring.SIZE))
+    cell = memoryview(bytearray(16)).cast("Q")
+    return _ring.Writer(ring, cell, 0, 1), _ring.Reader(ring, cell, 0, 1)
+
+
+def test_what_was_put_is_taken_in_order() -> None:
+    writer, reader = _pair()
+    assert not reader
+    assert all(writer.put(number, bytes([number]) * number) for number in range(50))
+    assert reader
+    found: deque[bytes] = deque()
+    reader.take(0, found)
+    assert list(found) == [bytes([number]) * number for number in range(50)]
+    assert not reader
+
+
+def test_it_stops_where_a_number_is_missing() -> None:
+    writer, reader = _pair()
+    for number in (0, 1, 3):
+        writer.put(number, b"%d" % number)
+    found: deque[bytes] = deque()
+    reader.take(0, found)
+    assert list(found) == [b"0", b"1"]
+    assert reader
+    reader.take(3, found)
+    assert list(found) == [b"0", b"1", b"3"]
+
+
+def test_full_and_too_large() -> None:
+    writer, reader = _pair()
+    assert not writer.put(0, bytes(_ring.LARGEST + 1))
+    count = 0
+    while writer.put(count, bytes(1000)):
+        count += 1
+    assert count == _ring.SIZE // 1008
+    found: deque[bytes] = deque()
+    reader.take(0, found)
+    assert len(found) == count
+    assert writer.put(count, bytes(1000))
+
+
+def test_round_and_round() -> None:
+    writer, reader = _pair()
+    dice = random.Random(1)
+    waiting: deque[bytes] = deque()
+    found: deque[bytes] = deque()
+    put = taken = 0
+    for _ in range(5000):
+        frame = dice.randbytes(dice.choice([0, 1, 7, 8, 9, 500, _ring.LARGEST]))
+        if writer.put(put, frame):
+            waiting.append(frame)
+            put += 1
+        else:
+            assert waiting
+        if dice.random() < 0.2:
+            reader.take(taken, found)
+            while found:
+                assert found.popleft() == waiting.popleft()
+                taken += 1
+            assert not waiting
+    assert taken > 1000
