@@ -124,6 +124,9 @@ class Engine:
                 pending.append(task)
             # Those that are busy are given more by the thread, several at a time.
             self._dispatch(refill=False)
+            if task.timeout is not None or self._setup.max_memory is not None:
+                # The thread has to watch it.
+                self._notify()
             if pending and len(self.workers) < self._size and time.monotonic() >= self._start_at:
                 try:
                     self._start_worker()
@@ -154,9 +157,11 @@ class Engine:
             for key, lane in self._schedule.lanes.items():
                 if task in lane.given:
                     self._stop(key, task, _always(TaskTimeoutError("cancelled")))
-                    break
-            self._dispatch()
-            self._notify()
+                    self._notify()
+                    return
+            if self._closing:
+                # It may be the last that the end has waited for.
+                self._notify()
 
     def close(self, cancel: bool = False) -> None:
         """Take no more tasks. Those that wait are run, or with ``cancel`` cancelled; then the workers end.
@@ -202,7 +207,7 @@ class Engine:
                     state = "ending" if worker.state == ENDING else "idle"
                 found.append((worker, state, lane.answered if lane else 0, worker.busy_seconds()))
         return [
-            WorkerStats(worker.process.pid, state, done, busy, _resident.resident(worker.process.pid))
+            WorkerStats(worker.pid, state, done, busy, _resident.resident(worker.pid))
             for worker, state, done, busy in found
         ]
 
@@ -320,6 +325,7 @@ class Engine:
             if task in lane.given and lane.answered + lane.given.index(task) == staying - 1:
                 worker.fault = fault(worker)
                 worker.kill()
+            self._dispatch()
 
     # -- the thread --------------------------------------------------------------------------
 
@@ -342,10 +348,9 @@ class Engine:
         while True:
             failed: list[tuple[Task, BaseException]] = []
             with self._lock:
-                self._look_after()
+                patience = self._look_after()
                 failed, self._unsendable = self._unsendable, failed
                 finished = self._finished()
-                patience = self._patience()
             _outcome.fail(failed)
             if finished:
                 self._release()
@@ -374,22 +379,6 @@ class Engine:
                     self._hear(key, key in readable)
             for key in deaths:
                 self._bury(key)
-
-    def _patience(self) -> float | None:
-        """How long to wait for events (seconds)."""
-        deadlines = []
-        if self._timed:
-            for key, head in self._heads():
-                if head.timeout is not None and self.workers[key].fault is None:
-                    deadlines.append(self.workers[key].head_since + head.timeout)
-        lane_behind = self._schedule.waiting_elsewhere()
-        if lane_behind is not None:
-            deadlines.append(self.workers[lane_behind.key].head_since + _PATIENCE)
-        if self._setup.max_memory is not None and next(self._heads(), None):
-            deadlines.append(time.monotonic() + _MEMORY_INTERVAL)
-        if self._schedule.pending and len(self.workers) < self._size and self._start_at:
-            deadlines.append(self._start_at)
-        return remaining(min(deadlines)) if deadlines else None
 
     def _heads(self) -> Iterator[tuple[int, Task]]:
         """Workers that have something to do, and the task that each runs or is about to."""
@@ -506,7 +495,7 @@ class Engine:
                 task.retries -= ran
                 again.append(task)
             else:
-                fault = worker.fault or WorkerLostError(worker.process.pid, exitcode, task.name, hint)
+                fault = worker.fault or WorkerLostError(worker.pid, exitcode, task.name, hint)
                 failed.append((task, fault))
         self._schedule.pending.extendleft(reversed(again))
         return failed
@@ -531,29 +520,44 @@ class Engine:
         if self._events.pop(fd, None):
             self._commons.epoll.unregister(fd)
 
-    def _look_after(self) -> None:
-        """Stop what takes too long or too much, and let no task wait behind a long one while a worker is idle."""
-        now = time.monotonic()
+    def _look_after(self) -> float | None:
+        """Stop what takes too long or too much, and let no task wait behind a long one while a worker is idle.
+
+        How long until there is something to look after again (seconds); None where only an event can bring it.
+        """
+        at: list[float] = []
         if self._timed:
             for key, head in list(self._heads()):
-                if head.timeout is not None and now >= self.workers[key].head_since + head.timeout:
-                    error = TaskTimeoutError(f"{head.name} took longer than {head.timeout} seconds")
-                    self._stop(key, head, _always(error))
-        if self._setup.max_memory is not None:
+                if head.timeout is not None and self.workers[key].fault is None:
+                    deadline = self.workers[key].head_since + head.timeout
+                    if time.monotonic() < deadline:
+                        at.append(deadline)
+                    else:
+                        error = TaskTimeoutError(f"{head.name} took longer than {head.timeout} seconds")
+                        self._stop(key, head, _always(error))
+        if self._setup.max_memory is not None and next(self._heads(), None):
             self._limit_memory(self._setup.max_memory)
+            at.append(time.monotonic() + _MEMORY_INTERVAL)
         lane_behind = self._schedule.waiting_elsewhere()
-        if lane_behind is not None and now >= self.workers[lane_behind.key].head_since + _PATIENCE:
-            self._recall(lane_behind.key, lane_behind.answered + 1)
-        if not self._saturated:
-            self._dispatch()
-        if self._schedule.pending and len(self.workers) < self._size and 0 < self._start_at <= now:
-            self._unsendable += self._broken_tasks(self._try_to_start())
+        if lane_behind is not None:
+            taken_at = self.workers[lane_behind.key].head_since + _PATIENCE
+            if time.monotonic() < taken_at:
+                at.append(taken_at)
+            else:
+                self._recall(lane_behind.key, lane_behind.answered + 1)
+                self._dispatch()
+        if self._schedule.pending and len(self.workers) < self._size and self._start_at:
+            if time.monotonic() < self._start_at:
+                at.append(self._start_at)
+            else:
+                self._unsendable += self._broken_tasks(self._try_to_start())
+        return remaining(min(at)) if at else None
 
     def _limit_memory(self, limit: int) -> None:
         for key, _ in list(self._heads()):
             worker, lane = self.workers[key], self._schedule.lanes[key]
             started = worker.started
-            size = _resident.resident(worker.process.pid)
+            size = _resident.resident(worker.pid)
             position = started - 1 - lane.answered
             if size > limit and 0 <= position < len(lane.given):
                 task = lane.given[position]
@@ -611,7 +615,7 @@ def _always(error: BaseException) -> Callable[[Member], BaseException]:
 
 def _too_much_memory(task: Task, size: int, limit: int) -> Callable[[Member], BaseException]:
     hint = f"it had {_resident.readable(size)}, more than max_memory_per_child={_resident.readable(limit)}"
-    return lambda worker: WorkerLostError(worker.process.pid, -signal.SIGKILL, task.name, hint)
+    return lambda worker: WorkerLostError(worker.pid, -signal.SIGKILL, task.name, hint)
 
 
 def _is_cancelled(task: Task) -> bool:

@@ -50,6 +50,7 @@ class Member:
         "head_since",
         "levels",
         "logged",
+        "pid",
         "pidfd",
         "process",
         "results",
@@ -62,6 +63,7 @@ class Member:
         self, process: Any, pidfd: int, tasks: Sender[Any], results: Receiver[Any], cells: Cells, slot: int
     ) -> None:
         self.process = process
+        self.pid: int = process.pid
         self.pidfd = pidfd
         self.tasks = tasks
         self.results = results
@@ -242,11 +244,16 @@ class Member:
             # ``multiprocessing.active_children`` in another thread, perhaps: it has it in a moment.
             time.sleep(0.001)
             code = self.process.exitcode
+        if code is not None:
+            self.process.close()
         return code
 
     def close(self) -> None:
+        """Give everything up at once: a traceback that somebody keeps may keep this object."""
         self.tasks.close()
         self.results.close()
+        self._ring.close()
+        self._cell.release()
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)

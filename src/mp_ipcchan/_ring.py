@@ -93,3 +93,8 @@ class Reader:
         self._at = at
         fence()
         self._cell[self._tail] = at
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._words.release()
+        self._bytes.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -151,10 +152,16 @@ class Schedule(Generic[T]):
 
     def waiting_elsewhere(self) -> Lane[T] | None:
         """The lane with most tasks that wait behind another, if some lane has nothing to do and nothing else waits."""
-        if self.pending or all(lane.given or lane.room == 0 for lane in self.lanes.values()):
+        longest, most, idle = None, 1, False
+        for lane in self.lanes.values():
+            count = len(lane.given)
+            if count > most:
+                longest, most = lane, count
+            elif not count and lane.room != 0:
+                idle = True
+        if longest is None or not idle or self.pending:
             return None
-        longest = max(self.lanes.values(), key=lambda lane: len(lane.given))
-        return longest if sum(task is not None for task in list(longest.given)[1:]) else None
+        return longest if any(task is not None for task in islice(longest.given, 1, None)) else None
 
     def take_back(self, key: int, first: int) -> list[T]:
         """Tasks from the ``first``-th on (counted from 0 over the lane's life) wait again, ahead of all others."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
+import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 from typing import Any
 
 from mp_ipcchan import Sender
@@ -112,6 +117,24 @@ def get_state() -> str:
     return state
 
 
+def die_unless_marked(path: str) -> None:
+    """Die the first time."""
+    if not os.path.exists(path):
+        Path(path).touch()
+        die()
+
+
+def die_once_at(path: str, x: int) -> int:
+    """Die in the middle, the first time."""
+    if x == 17:
+        die_unless_marked(path)
+    return x
+
+
+class Argument:
+    """Something that can be referred to weakly."""
+
+
 def fail_to_initialize() -> None:
     raise RuntimeError("no database")
 
@@ -122,3 +145,102 @@ def echo(value: Any) -> Any:
 
 def send_through(tx: Sender[Any], value: Any) -> None:
     tx.send(value)
+
+
+def grow(megabytes: int, seconds: float = 60.0) -> int:
+    """Take memory, and keep it for a while."""
+    taken = bytearray(megabytes << 20)
+    for at in range(0, len(taken), 4096):
+        taken[at] = 1
+    time.sleep(seconds)
+    return len(taken)
+
+
+kept: list[bytes] = []
+
+
+def leak(megabytes: int) -> int:
+    kept.append(b"x" * (megabytes << 20))
+    return os.getpid()
+
+
+def mark(directory: str, name: Any) -> None:
+    """Leave a file, so that somebody sees that this ran."""
+    Path(directory, str(name)).touch()
+
+
+class Shifty(Exception):
+    """Its pickle makes something else of it."""
+
+    def __reduce__(self) -> Any:
+        return int, ("5",)
+
+
+def raise_shifty() -> None:
+    raise Shifty("text of it")
+
+
+class ExitsWhenUnpickled:
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+def make_exits_when_unpickled() -> ExitsWhenUnpickled:
+    return ExitsWhenUnpickled()
+
+
+class ExitsWhenPickled:
+    def __reduce__(self) -> Any:
+        raise SystemExit(4)
+
+
+def make_exits_when_pickled() -> ExitsWhenPickled:
+    return ExitsWhenPickled()
+
+
+def hold_the_interpreter(tx: Sender[int]) -> None:
+    """Work in C that never lets another thread of this process run, for minutes."""
+    tx.send(os.getpid())
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def log(logger: str, level: int, message: str, *args: Any, **options: Any) -> None:
+    logging.getLogger(logger or None).log(level, message, *args, **options)
+
+
+def log_exception(logger: str) -> None:
+    try:
+        raise KeyError("lost")
+    except KeyError:
+        logging.getLogger(logger).exception("it failed")
+
+
+def log_unpicklable(logger: str) -> None:
+    logging.getLogger(logger).warning("a lock: %s", threading.Lock(), extra={"lock": threading.Lock()})
+
+
+def log_nested(logger: str) -> None:
+    from mp_ipcchan import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1) as inner:
+        inner.submit(log, logger, logging.ERROR, "from below").result()
+
+
+def log_and_die(logger: str) -> None:
+    logging.getLogger(logger).error("last words")
+    die()
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, DeprecationWarning, stacklevel=1)
+
+
+request_id: contextvars.ContextVar[Any] = contextvars.ContextVar("request_id", default="none")
+
+
+def get_request_id() -> Any:
+    return request_id.get()
+
+
+def set_request_id(value: Any) -> None:
+    request_id.set(value)

@@ -170,51 +170,6 @@ def _die_once(path: str) -> str:
     return "never"
 
 
-@pytest.mark.parametrize("workers", [2])
-def test_kill_storm(start_method: str, workers: int) -> None:
-    """2,000 tasks while a worker is killed every 20 ms: every future ends, and only tasks that ran are lost."""
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    dice = random.Random(seed)
-    context: Any = multiprocessing.get_context(f"ipcchan_{start_method}")
-    killed: list[int] = []
-    with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        futures = [executor.submit(tasks.sleep_and_tell, 0.001, x) for x in range(2000)]
-        stop = threading.Event()
-        # Under spawn a worker takes longer to start than it would live: only those are killed that have worked.
-        # Under fork any may be, in whatever state it is.
-        worked: set[int] = set()
-        for future in futures:
-            future.add_done_callback(lambda done: worked.add(done.result()[0]) if not done.exception() else None)
-
-        def kill() -> None:
-            while not stop.wait(dice.uniform(0.01, 0.03)):
-                alive = sorted(_workers() if start_method == "fork" else _workers() & worked)
-                if alive:
-                    victim = dice.choice(alive)
-                    killed.append(victim)
-                    os.kill(victim, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            _, pending = wait(futures, LIMIT * 3)
-        finally:
-            stop.set()
-            killer.join()
-        assert not pending
-        lost = 0
-        for x, future in enumerate(futures):
-            error = future.exception()
-            if error is None:
-                assert future.result()[1] == x
-            else:
-                assert isinstance(error, WorkerLostError)
-                assert error.pid in killed
-                lost += 1
-        assert lost <= len(killed)
-
-
 def test_initializer(context: Any) -> None:
     with ProcessPoolExecutor(2, context, tasks.initialize, ("ready",)) as executor:
         assert {executor.submit(tasks.get_state).result(LIMIT) for _ in range(10)} == {"ready"}
