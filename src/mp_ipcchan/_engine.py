@@ -337,8 +337,12 @@ class Engine:
             with self._lock:
                 self._closing = True
                 tasks = self._break(f"the pool's thread failed: {error!r}")
-                for worker in self.workers.values():
+                workers, self.workers = list(self.workers.values()), {}
+                for worker in workers:
                     worker.kill()
+                    worker.join()
+                    worker.close()
+                self._release()
             self._fail_broken(tasks)
             raise
 
@@ -453,7 +457,7 @@ class Engine:
         self._hear_out(key)
         with self._lock:
             worker = self.workers.pop(key)
-            started = worker.started
+            started, initializing = worker.started, worker.initializing
             exitcode = worker.join()
             for fd in (worker.results_fd, worker.pidfd):
                 self._ignore(fd)
@@ -468,7 +472,7 @@ class Engine:
                 failed = self._settle_lost(worker, lane, started, exitcode)
                 self._schedule.close(key)
             elif not self._broken:
-                self._false_starts += 1 if worker.initializing or (exitcode or 0) >= 0 else _KILLED_COUNTS
+                self._false_starts += 1 if initializing or (exitcode or 0) >= 0 else _KILLED_COUNTS
                 if self._false_starts >= _MOST_FALSE_STARTS:
                     broken = self._break(
                         f"{_MOST_FALSE_STARTS} workers in a row ended before they were ready, exit code {exitcode}"

@@ -29,6 +29,8 @@ ASLEEP = 0
 
 #: What a worker sends first: it is ready, or not, and why.
 READY = ("ready",)
+#: A worker that, between two tasks, has grown by so much of what it may is replaced: not a task for what others left.
+_GROWTH = 0.75
 
 
 class Setup(NamedTuple):
@@ -146,11 +148,15 @@ def _initialize_and_serve(
             except BaseException as error:
                 results.send(("failed", f"the initializer of a worker failed: {type(error).__name__}: {error}"))
                 raise
-        if setup.max_memory is not None and (size := _resident.resident()) > setup.max_memory:
-            results.send(("failed", _too_large_from_the_start(size, setup.max_memory)))
-            return
+        enough: float | None = None
+        if setup.max_memory is not None:
+            size = _resident.resident()
+            if size > setup.max_memory:
+                results.send(("failed", _too_large_from_the_start(size, setup.max_memory)))
+                return
+            enough = size + _GROWTH * (setup.max_memory - size)
         results.send(READY)
-        _serve(tasks, outbox, cell, setup.max_memory)
+        _serve(tasks, outbox, cell, enough)
     except (Disconnected, BrokenPipeError, ConnectionResetError):
         # The pool has ended, or has no use for this worker any more.
         pass
@@ -163,7 +169,7 @@ def _too_large_from_the_start(size: int, limit: int) -> str:
     )
 
 
-def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, max_memory: int | None) -> None:
+def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, enough: float | None) -> None:
     now = time.perf_counter_ns
     number = 0
     while True:
@@ -187,6 +193,6 @@ def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, max_memory: 
         outbox.send(number, outcome)
         del outcome
         number += 1
-        if max_memory is not None and _resident.resident() > max_memory:
-            # What is kept from task to task would count against the next one: a fresh worker takes it.
+        if enough is not None and _resident.resident() > enough:
+            # What is kept from task to task would count against the next one: a fresh worker takes that.
             return
