@@ -124,8 +124,8 @@ class ProcessPoolExecutor(_Submits):
 
     ``max_workers``: processes, by default as many as there are CPUs to use. ``mp_context``: a context, by default
     "ipcchan"; a stock one stands for ours with its start method. ``max_tasks_per_child``: how many tasks a worker runs
-    before it is replaced. ``max_memory_per_child``: bytes of resident memory. A worker that gets more while a
-    task runs is killed within some hundredths of a second, and the task fails with ``WorkerLostError``, whose hint names
+    before it is replaced. ``max_memory_per_child``: bytes of resident memory. A worker that gets more while a task
+    runs is killed within some hundredths of a second, and the task fails with ``WorkerLostError``, whose hint names
     the limit and the size. One that has used up three quarters of its room after a task is replaced.
 
     Log records and warnings of tasks reach the ``logging`` handlers and the warnings filters of this process. Context

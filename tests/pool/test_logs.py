@@ -128,8 +128,10 @@ def test_warnings_reach_the_parent() -> None:
         # Started here: a worker has the filters of its parent only if it is forked from it.
         with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as forked:
             forked.submit(tasks.warn, "old").result(LIMIT)
-        assert [(str(one.message), one.category) for one in caught] == [("old", DeprecationWarning)]
-        assert caught[0].filename.endswith("_tasks.py")
+        # From 3.12 on there is one of a fork beside a thread.
+        (warned,) = [one for one in caught if str(one.message) == "old"]
+        assert warned.category is DeprecationWarning
+        assert warned.filename.endswith("_tasks.py")
 
 
 def test_nothing_is_printed_twice() -> None:
