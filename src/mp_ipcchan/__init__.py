@@ -26,7 +26,8 @@ Modules import only from those above them in this list:
     _call, _chunk, _variables, _schedule,
     _future, _task                                  the pool: calls on their way, and who gets which
     _lifeline, _resident, _logs, _worker              what runs in a worker, and what it owes its parent
-    _member, _commons, _outcome, _stats, _engine    who hears of it
+    _member, _commons, _crew,
+    _outcome, _stats, _engine                       workers as their parent sees them, and who hears of it
     _map, _executor                                 what users call
 """
 

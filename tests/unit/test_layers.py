@@ -42,6 +42,7 @@ LAYERS = [
     ["_chunk"],
     ["_task", "_worker", "_map"],
     ["_outcome", "_member", "_commons"],
+    ["_crew"],
     ["_engine"],
     ["_executor"],
     ["_bench"],
