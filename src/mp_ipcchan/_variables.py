@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 Values: TypeAlias = tuple[tuple[str, str, Any], ...]
 
 _Variable: TypeAlias = "contextvars.ContextVar[Any]"
+#: Variables of these packages say which event loop runs in a thread: not in the worker's.
+_LOOPS = frozenset(("anyio", "asyncio", "sniffio", "trio"))
 #: Where each variable was found.
 _places: dict[_Variable, tuple[str, str]] = {}
 #: How many modules there were when a variable was not found.
@@ -44,6 +46,8 @@ def _find(variable: _Variable) -> tuple[str, str] | None:
     if _missed.get(variable) == len(sys.modules):
         return None
     for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _LOOPS:
+            continue
         for attribute, value in list(getattr(module, "__dict__", {}).items()):
             if value is variable:
                 _places[variable] = (name, attribute)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mp_ipcchan import ProcessPoolExecutor, channel
+from mp_ipcchan import ProcessPoolExecutor, _variables, channel
 
 from . import _tasks as tasks
 from ._support import LIMIT
@@ -204,3 +206,18 @@ def test_channels_still_travel_beside_them(forked: ProcessPoolExecutor) -> None:
             assert rx.recv(LIMIT) == "x"
     finally:
         tasks.request_id.reset(token)
+
+
+def test_which_loop_runs_is_nothing_to_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """anyio refuses to run where this variable says that a loop does."""
+    module = types.ModuleType("sniffio")
+    module.current = contextvars.ContextVar("current")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sniffio", module)
+
+    def ask() -> Any:
+        module.current.set("asyncio")
+        tasks.request_id.set("r")
+        return _variables.current()
+
+    assert contextvars.Context().run(ask) == ((tasks.__name__, "request_id", "r"),)
+    assert contextvars.Context().run(_variables.current) is None
