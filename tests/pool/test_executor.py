@@ -31,13 +31,7 @@ from mp_ipcchan import (
 )
 
 from . import _tasks as tasks
-
-LIMIT = 30.0
-
-
-def _workers() -> set[int]:
-    return {child.pid for child in multiprocessing.active_children() if child.pid}
-
+from ._support import LIMIT, eventually, runs, workers
 
 # -- results and failures --------------------------------------------------------------------
 
@@ -51,7 +45,7 @@ def test_submit(executor: ProcessPoolExecutor) -> None:
 def test_tasks_run_in_children(executor: ProcessPoolExecutor) -> None:
     pid = executor.submit(os.getpid).result(LIMIT)
     assert pid != os.getpid()
-    assert pid in _workers()
+    assert pid in workers()
 
 
 def test_exception_with_the_traceback_of_the_worker(executor: ProcessPoolExecutor) -> None:
@@ -204,19 +198,7 @@ def test_no_orphans_when_the_parent_is_killed(start_method: str) -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert pids
         parent.kill()
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline and any(map(_runs, pids)):
-        time.sleep(0.01)
-    assert not [pid for pid in pids if _runs(pid)]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        # It ended before this was opened, or before it was read.
-        return False
+    assert eventually(lambda: not any(map(runs, pids)), 3)
 
 
 # -- cancelling and time ---------------------------------------------------------------------
@@ -234,10 +216,7 @@ def test_cancel_a_running_task(executor: ProcessPoolExecutor) -> None:
             future.result(0)
         assert wait([future], 1).done == {future}
         assert executor.submit(tasks.square, 5).result(LIMIT) == 25
-        deadline = time.monotonic() + LIMIT
-        while _runs(pid) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert not _runs(pid)
+        assert eventually(lambda: not runs(pid))
         assert future.cancel()
 
 
@@ -382,10 +361,6 @@ def test_interpreter_that_ends_does_the_rest_first() -> None:
     assert (ended.stdout, ended.stderr) == ("done None\n", "")
 
 
-def test_nested(forked: ProcessPoolExecutor) -> None:
-    assert forked.submit(tasks.nested, 2).result(LIMIT) == sum(x * x for x in range(10))
-
-
 def test_submit_from_many_threads(forked: ProcessPoolExecutor) -> None:
     results: list[int] = []
 
@@ -424,7 +399,7 @@ def test_reusable_executor() -> None:
         second = get_reusable_executor(2)
         assert second is not first
         assert second.submit(tasks.square, 2).result(LIMIT) == 4
-        second.kill_workers()
+        second.killworkers()
         assert get_reusable_executor(2) is not second
     finally:
         second.shutdown()
