@@ -399,7 +399,7 @@ def test_reusable_executor() -> None:
         second = get_reusable_executor(2)
         assert second is not first
         assert second.submit(tasks.square, 2).result(LIMIT) == 4
-        second.killworkers()
+        second.kill_workers()
         assert get_reusable_executor(2) is not second
     finally:
         second.shutdown()
@@ -408,7 +408,13 @@ def test_reusable_executor() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "error"),
-    [({"max_workers": 0}, ValueError), ({"initializer": 1}, TypeError), ({"max_tasks_per_child": 0}, ValueError)],
+    [
+        ({"max_workers": 0}, ValueError),
+        ({"initializer": 1}, TypeError),
+        ({"max_tasks_per_child": 0}, ValueError),
+        ({"max_memory_per_child": 0}, ValueError),
+        ({"max_memory_per_child": 1.5}, TypeError),
+    ],
 )
 def test_arguments_that_make_no_sense(wrong: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
