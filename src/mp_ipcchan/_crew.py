@@ -189,12 +189,18 @@ class Crew:
     def _stop(self, key: int, task: Task, fault: Callable[[Member], BaseException]) -> None:
         """End the worker if it runs ``task``, and no other: what it has behind that is taken back before."""
         worker, lane = self.workers[key], self._schedule.lanes[key]
-        if worker.fault is None:
+        if worker.fault is not None:
+            return
+        if task.repeatable:
             staying = self._recall(key, lane.answered)
-            if task in lane.given and lane.answered + lane.given.index(task) == staying - 1:
-                worker.fault = fault(worker)
-                worker.kill()
-            self._dispatch()
+            runs = task in lane.given and lane.answered + lane.given.index(task) == staying - 1
+        else:
+            # It is alone there, and can't be taken back: what it carries would not come along.
+            runs = True
+        if runs:
+            worker.fault = fault(worker)
+            worker.kill()
+        self._dispatch()
 
     def _drop(self, task: Task) -> bool:
         """Stop a cancelled task, if a worker has it; whether one had. One that only waits is never given."""

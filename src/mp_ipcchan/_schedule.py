@@ -20,6 +20,8 @@ TARGET = 0.001
 _MOST = 256
 #: The most bytes of tasks that a worker has at a time, but for one larger: what its socket takes without a backlog.
 _MOST_BYTES = 32768
+#: The weight of what must be alone with a worker: it goes where nothing is, and nothing follows until it is answered.
+ALONE = _MOST_BYTES + 1
 #: The weight of the newest measurement in the estimate of a task's length.
 _WEIGHT = 0.25
 

@@ -12,6 +12,7 @@ from . import _call, _variables
 from ._chunk import run_chunk
 from ._future import Future
 from ._message import Message, Outgoing
+from ._schedule import ALONE
 from .errors import IpcError
 
 
@@ -82,9 +83,10 @@ class Task:
         self.by_value = False
         self.variables = _variables.current()
         self.item: Outgoing = _call.encode_call(function, args, options, self.variables)
-        self.size = len(self.item)
         #: Whether it can be sent twice: what a message carries along moves with the first.
         self.repeatable = not isinstance(self.item, Message) or not self.item.handles
+        #: Its weight. One that can't be sent twice can't be taken back, so it waits behind none.
+        self.size = len(self.item) if self.repeatable else ALONE
 
     def encode_by_value(self) -> None:
         """Let the function that the user gave travel by value."""

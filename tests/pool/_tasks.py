@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mp_ipcchan import Sender
+from mp_ipcchan import Receiver, Sender
 
 
 def square(x: int) -> int:
@@ -141,6 +141,10 @@ def fail_to_initialize() -> None:
 
 def echo(value: Any) -> Any:
     return value
+
+
+def receive_from(rx: Receiver[Any]) -> Any:
+    return rx.recv(60.0)
 
 
 def send_through(tx: Sender[Any], value: Any) -> None:

@@ -96,6 +96,26 @@ def test_cancelling_at_random_hurts_nobody_else() -> None:
                 assert future.result(LIMIT) == x
 
 
+def test_endpoints_of_those_behind_are_not_lost() -> None:
+    """A receiver moves with its task, which therefore waits behind none that may be stopped."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as executor:
+        _train(executor)
+        tx, rx = channel()
+        inner_tx, inner_rx = channel()
+        silent_tx, silent_rx = channel()
+        with tx, rx, inner_tx, silent_tx:
+            running = executor.submit(tasks.say_and_wait, tx, 60.0)
+            behind = [executor.submit(tasks.square, x) for x in range(5)]
+            carrying = executor.submit(tasks.receive_from, inner_rx)
+            late = executor.options(timeout=0.3).submit(tasks.receive_from, silent_rx)
+            inner_tx.send("arrived")
+            rx.recv(LIMIT)
+            assert running.cancel()
+            assert carrying.result(LIMIT) == "arrived"
+            assert [future.result(LIMIT) for future in behind] == [x * x for x in range(5)]
+            assert isinstance(late.exception(LIMIT), TaskTimeoutError)
+
+
 def test_many_that_wait_are_cancelled_at_once(forked: ProcessPoolExecutor) -> None:
     blockers = [forked.submit(tasks.sleep, 60.0) for _ in range(2)]
     assert eventually(lambda: all(blocker.running() for blocker in blockers))

@@ -96,3 +96,51 @@ def test_one_that_runs_alone_is_let_alone() -> None:
     schedule = _schedule(lanes=2, tasks=1)
     schedule.assign()
     assert schedule.waiting_elsewhere() is None
+
+
+def test_what_is_cancelled_is_never_given() -> None:
+    schedule: Schedule[int] = Schedule(dropped=lambda task: task % 2 == 0)
+    schedule.open(0)
+    schedule.estimate = 1e-4
+    schedule.pending.extend(range(7))
+    assert schedule.assign() == [(0, [1, 3, 5])]
+    assert schedule.close(0) == [1, 3, 5]
+    assert schedule.idle
+
+
+def test_large_ones_go_few_at_a_time() -> None:
+    schedule: Schedule[int] = Schedule(weight=lambda task: task)
+    schedule.open(0)
+    schedule.estimate = 1e-6
+    schedule.pending.extend([20000, 10000, 10000, 50000, 1])
+    assert schedule.assign() == [(0, [20000, 10000])]
+    schedule.answer(0)
+    assert schedule.assign() == [(0, [10000])]
+    schedule.answer(0)
+    schedule.answer(0)
+    # Larger than all that a worker may have, it goes alone.
+    assert schedule.assign() == [(0, [50000])]
+    assert schedule.assign() == []
+    schedule.answer(0)
+    assert schedule.assign() == [(0, [1])]
+
+
+def test_what_did_not_get_there_counts_for_nothing() -> None:
+    schedule: Schedule[int] = Schedule(weight=lambda task: task)
+    schedule.open(0, room=3)
+    schedule.estimate = 1e-6
+    schedule.pending.extend([1, 2, 3])
+    assert schedule.assign() == [(0, [1, 2, 3])]
+    assert schedule.retract(0, 2) == [2, 3]
+    assert (schedule.lanes[0].room, schedule.lanes[0].load) == (2, 1)
+    assert schedule.answer(0) == 1
+
+
+def test_busy_ones_are_refilled_only_if_asked() -> None:
+    schedule = _schedule(lanes=2, tasks=1, estimate=1e-6)
+    schedule.assign()
+    schedule.pending.extend([7, 8])
+    assert schedule.assign(refill=False) == [(1, [7, 8])]
+    schedule.pending.append(9)
+    assert schedule.assign(refill=False) == []
+    assert schedule.assign() == [(0, [9])]
