@@ -29,6 +29,9 @@ Modules import only from those above them in this list:
     _member, _commons, _crew,
     _outcome, _stats, _engine                       workers as their parent sees them, and who hears of it
     _map, _executor                                 what users call
+    _ticket, _foreign, _workforce                     where a Pool's tasks run: its own workers, or any executor
+    _feed, _async_result, _imap, _progress,
+    _engine_url, _pool                              the Pool: its input, its results, itself
 """
 
 import importlib
@@ -62,14 +65,14 @@ from .errors import (
 if TYPE_CHECKING:
     from ._events import ChannelClosed, MessageReceived, Ready
     from ._executor import ProcessPoolExecutor, get_reusable_executor
+    from ._future import Future
+    from ._pool import Pool
     from ._receiver_set import ReceiverSet
     from ._router import Route, Router, router
     from ._server import OneShotServer, Server
     from ._stats import WorkerStats
-    from ._task import Future, TaskTimeoutError, WorkerLostError
-    from ._undecoded import UndecodedMessage
-    from ._future import Future
     from ._task import TaskTimeoutError, WorkerLostError
+    from ._undecoded import UndecodedMessage
 
 __version__ = "0.1.0"
 
@@ -77,9 +80,9 @@ __version__ = "0.1.0"
 _LATE = {
     "ChannelClosed": "_events",
     "Future": "_future",
-    "Future": "_task",
     "MessageReceived": "_events",
     "OneShotServer": "_server",
+    "Pool": "_pool",
     "ProcessPoolExecutor": "_executor",
     "Ready": "_events",
     "ReceiverSet": "_receiver_set",
@@ -114,6 +117,7 @@ __all__ = [
     "OpaqueSender",
     "Peer",
     "Pipe",
+    "Pool",
     "ProcessPoolExecutor",
     "ProtocolError",
     "Queue",

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from . import _codec, _variables
 from ._message import PACKET_SIZE, PLAIN, PLAIN_SIZE, Incoming, Message, Outgoing, Parcel
@@ -23,6 +23,20 @@ RAISED: Final = 1
 UNDECODED: Final = 2
 #: The task was taken back before it began; nothing follows.
 SKIPPED: Final = 3
+#: The result could not be encoded: as RAISED, and the result's ``repr``.
+UNENCODED: Final = 4
+
+#: Functions of ours that call what they get as their first argument: a task of one is a task of that.
+runners: set[Callable[..., Any]] = set()
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+def runner(function: R) -> R:
+    """Mark ``function`` as one of ``runners``."""
+    runners.add(function)
+    return function
+
 
 #: Pickle's codes for "a pair of the last two", and the end.
 _PAIR = b"\x86."
@@ -33,12 +47,22 @@ class ByValue:
 
     def __init__(self, obj: object) -> None:
         self._obj = obj
+        self.__qualname__ = getattr(obj, "__qualname__", None) or repr(type(obj))
+        #: Made when it is first needed, and kept: the function of a map goes with each of its chunks.
+        self._pickle: bytes | None = None
 
     def __reduce__(self) -> Any:
-        # Imported late: most programs never need it.
-        import cloudpickle  # type: ignore[import-untyped]
+        if self._pickle is None:
+            # Imported late: most programs never need it.
+            import cloudpickle  # type: ignore[import-untyped]
 
-        return pickle.loads, (cloudpickle.dumps(self._obj),)
+            self._pickle = cloudpickle.dumps(self._obj)
+        return pickle.loads, (self._pickle,)
+
+
+def portable(function: Callable[..., Any]) -> Any:
+    """``function``, or what arrives as it where it can't be found by its name, being a lambda or local."""
+    return ByValue(function) if "<" in getattr(function, "__qualname__", "") else function
 
 
 def encode_call(
@@ -64,6 +88,8 @@ def encode_by_value(
     variables: _variables.Values | None = None,
 ) -> Outgoing:
     """The message for a call whose function goes by value; if need be, its arguments as well."""
+    if function in runners and not isinstance(args[0], ByValue):
+        return encode_call(function, (ByValue(args[0]), *args[1:]), options, variables)
     try:
         return _codec.encode((ByValue(function), (args, options, variables)))
     except Exception:
@@ -113,6 +139,8 @@ def outcome_of(incoming: Incoming) -> Outgoing:
         return failure(RAISED, error)
     try:
         return _codec.encode((DONE, result))
+    except Exception as error:
+        return _codec.encode((UNENCODED, *describe(error), shown(result)))
     except BaseException as error:
         return failure(RAISED, error)
 
@@ -128,6 +156,14 @@ WAKE_FRAME: Final = _codec.encode(None)
 def failure(kind: int, error: BaseException) -> Outgoing:
     """The outcome of a task that raised ``error``."""
     return _codec.encode((kind, *describe(error)))
+
+
+def shown(result: object) -> str:
+    """``repr(result)``, whatever happens."""
+    try:
+        return repr(result)
+    except Exception as error:
+        return f"<{type(result).__name__} whose repr raised {type(error).__name__}>"
 
 
 def describe(error: BaseException) -> tuple[str, bytes | None]:

@@ -11,13 +11,20 @@ a stock one changes nothing.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+from collections.abc import Callable, Iterable
 from multiprocessing import context as stdlib
 from multiprocessing import spawn
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import _connection, _queue
 from ._process import ForkProcess, ForkServerProcess, SpawnProcess
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from ._pool import Pool
 
 #: The factories that differ between contexts; all others of the stdlib take the context as an argument.
 FACTORIES = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe", "Pool")
@@ -41,6 +48,31 @@ class _Factories:
     def Pipe(self, duplex: bool = True) -> tuple[_connection.Connection, _connection.Connection]:
         """Two connected ends."""
         return _connection.Pipe(duplex)
+
+    def Pool(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., Any] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        *,
+        task_timeout: float | None = None,
+        retries: int = 0,
+        engine: Executor | None = None,
+    ) -> Pool:
+        """A pool of workers; see ``mp_ipcchan.Pool``."""
+        # Imported late: a program without pools needs none of it, and the pool stands above the contexts.
+        made: type[Pool] = importlib.import_module("._pool", __package__).Pool
+        return made(
+            processes,
+            initializer,
+            initargs,
+            maxtasksperchild,
+            self.get_context(),  # type: ignore[attr-defined]
+            task_timeout=task_timeout,
+            retries=retries,
+            engine=engine,
+        )
 
 
 # The names of the classes begin as the stdlib's do: its tests, and others, look at that.

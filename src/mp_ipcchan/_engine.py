@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 from . import _call, _logs, _resident, _outcome
@@ -27,6 +28,7 @@ from ._crew import Crew
 from ._map import Mappings
 from ._member import ENDING, OPEN, STARTING, Member
 from ._message import Incoming
+from ._reach import make_opaque
 from ._schedule import Schedule
 from ._stats import WorkerStats
 from ._task import Task
@@ -45,11 +47,16 @@ class Engine(Crew):
         initargs: tuple[Any, ...] = (),
         max_tasks: int | None = None,
         max_memory: int | None = None,
-        remote_traceback: type[Exception],
+        remote_traceback: Callable[[Any], BaseException],
+        unsendable: _outcome.Unsendable | None = None,
+        finishes: bool = True,
     ) -> None:
         initial = (initializer, initargs) if initializer is not None else None
         super().__init__(context, size, Setup(initial, max_memory), max_tasks)
         self._remote_traceback = remote_traceback
+        self._unsendable_result = unsendable
+        #: Whether tasks are done, or else dropped, when the interpreter ends.
+        self.finishes = finishes
         self._lock = threading.RLock()
         #: No more tasks are taken.
         self._closing = False
@@ -95,6 +102,24 @@ class Engine(Crew):
             if pending:
                 self._start_for(task)
 
+    def start(self) -> None:
+        """Start all the workers now, not when there are tasks for them."""
+        with self._lock:
+            self.check()
+            if self._thread is None:
+                self._open()
+            for _ in range(self._size - len(self.workers)):
+                self._start_worker()
+
+    @property
+    def window(self) -> int:
+        """How many tasks a worker may have at a time, as long as they are now."""
+        return self._schedule.window
+
+    def processes(self) -> list[BaseProcess]:
+        """The workers' processes."""
+        return [worker.process for worker in list(self.workers.values())]
+
     @property
     def usable(self) -> bool:
         """Whether it takes tasks."""
@@ -131,20 +156,26 @@ class Engine(Crew):
         for task in dropped:
             task.future.cancel()
 
-    def kill(self, kill: Callable[[Any], None]) -> None:
-        """End every worker by ``kill(process)``; what was not finished fails with ``BrokenProcessPool``."""
+    def kill(
+        self,
+        kill: Callable[[Any], None],
+        reason: str = "the workers were ended by terminate_workers or kill_workers",
+    ) -> None:
+        """End every worker by ``kill(process)``; what was not finished fails with ``BrokenProcessPool(reason)``."""
         with self._lock:
             self._closing = True
-            tasks = self._break("the workers were ended by terminate_workers or kill_workers")
+            tasks = self._break(reason)
             for worker in self.workers.values():
                 kill(worker.process)
         self._fail_broken(tasks)
 
-    def join(self) -> None:
-        """Wait until all is done and every worker has ended, after ``close``."""
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until all is done and every worker has ended, after ``close``; False after ``timeout`` seconds."""
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout)
+        return not thread.is_alive()
 
     def stats(self) -> list[WorkerStats]:
         """What each worker is doing, those that are starting included."""
@@ -248,7 +279,7 @@ class Engine(Crew):
         again = [
             task
             for task, outcome in zip(tasks, incoming, strict=True)
-            if task is not None and not _outcome.settle(task, outcome, self._remote_traceback)
+            if task is not None and not _outcome.settle(task, outcome, self._remote_traceback, self._unsendable_result)
         ]
         if again:
             with self._lock:
@@ -349,6 +380,9 @@ class Engine(Crew):
 _MOST_RECORDS = 256
 
 
+# The receivers in it would move to a process that is started with a pool in reach.
+make_opaque(Engine)
+
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -362,8 +396,11 @@ def _end() -> None:
         if getattr(sys, "last_type", None) is KeyboardInterrupt:
             raise KeyboardInterrupt
         for engine in engines:
-            engine.mappings.read_rest()
-            engine.close()
+            if engine.finishes:
+                engine.mappings.read_rest()
+                engine.close()
+            else:
+                engine.kill(operator.methodcaller("kill"))
         for engine in engines:
             engine.join()
     except KeyboardInterrupt:

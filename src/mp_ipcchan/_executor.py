@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, TypeVar
 
+from . import _progress
 from ._chunk import run_chunk
 from ._context import of_ours
 from ._deadline import deadline_in
@@ -43,14 +44,14 @@ class _Submits(Executor):
 
     def _submit(self, fn: Callable[..., T], args: Any, kwargs: Any) -> Future[T]:
         self._engine.check()
+        future: Future[T] = Future()
         try:
-            task = Task(fn, args, kwargs, self._timeout, self._retries)
+            task = Task(fn, args, kwargs, self._timeout, self._retries, future)
         except Exception as error:
-            failed: Future[T] = Future()
-            failed.set_exception(error)
-            return failed
+            future.set_exception(error)
+            return future
         self._engine.submit(task)
-        return task.future
+        return future
 
     def map(
         self,
@@ -59,6 +60,7 @@ class _Submits(Executor):
         timeout: float | None = None,
         chunksize: int | None = None,
         buffersize: int | None = None,
+        progress: bool = False,
     ) -> Iterator[T]:
         """The results of ``fn`` for each call, in order, as the builtin ``map``.
 
@@ -69,7 +71,7 @@ class _Submits(Executor):
         ``timeout``: seconds from now, for each result; ``concurrent.futures.TimeoutError`` then. ``chunksize``: calls
         that go to a worker as one task, which a worker's death loses together; by default what takes about two
         milliseconds, or one where tasks have a time limit (``options``), which is the whole chunk's. ``buffersize``:
-        the most calls that are on their way or done and not taken.
+        the most calls that are on their way or done and not taken. ``progress``: show a bar (tqdm) on standard error.
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -81,12 +83,14 @@ class _Submits(Executor):
             # The time is each call's.
             chunksize = 1
         self._engine.check()
+        bar = _progress.new_bar(*iterables) if progress else None
         deadline = deadline_in(timeout)
         mapping = Mapping(self._submit_chunk, fn, iterables, self._max_workers, chunksize, buffersize)
         mapping.fill()
         mapping.check()
         self._engine.mappings.add(mapping)
-        return mapping.results(deadline, self._engine.revive)
+        results = mapping.results(deadline, self._engine.revive)
+        return _progress.shown(results, bar) if bar is not None else results
 
     def _submit_chunk(self, fn: Callable[..., Any], calls: list[tuple[Any, ...]]) -> Future[Any]:
         return self._submit(run_chunk, (fn, calls), {})

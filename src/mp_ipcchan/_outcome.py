@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from . import _call
 from ._message import Incoming
 from ._task import Task
 from .errors import SerializationError
 
+#: Makes what a task fails with whose result can't be encoded, of the reason and the result's ``repr``.
+Unsendable = Callable[[BaseException, str], BaseException]
 
-def settle(task: Task, incoming: Incoming, remote_traceback: type[Exception]) -> bool:
+
+def settle(
+    task: Task,
+    incoming: Incoming,
+    remote_traceback: Callable[[Any], BaseException],
+    unsendable: Unsendable | None = None,
+) -> bool:
     """End ``task`` by its outcome; False where it is to be run again instead.
 
     Decoding is the user's code, and so are the future's callbacks: whatever they raise concerns this task alone.
@@ -39,8 +49,11 @@ def settle(task: Task, incoming: Incoming, remote_traceback: type[Exception]) ->
         except Exception:
             # The worker's error says more.
             pass
-    text, pickled = rest
-    _end(task, revive(text, pickled, remote_traceback))
+    text, pickled, *shown = rest
+    raised = revive(text, pickled, remote_traceback)
+    if shown and unsendable is not None:
+        raised = unsendable(raised, *shown)
+    _end(task, raised)
     return True
 
 
@@ -62,7 +75,7 @@ def report(what: str) -> None:
     logging.getLogger("concurrent.futures").exception(what)
 
 
-def revive(text: str, pickled: bytes | None, remote_traceback: type[Exception]) -> BaseException:
+def revive(text: str, pickled: bytes | None, remote_traceback: Callable[[Any], BaseException]) -> BaseException:
     """The exception that a task raised, with the traceback of the worker as its cause."""
     error: object
     if pickled is None:

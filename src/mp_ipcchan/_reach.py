@@ -15,7 +15,7 @@ from threading import Thread
 from ._endpoint import Endpoint
 
 #: Of these, nothing is looked into: they lead everywhere, or to what their pickles leave out.
-_OPAQUE = (
+_OPAQUE: tuple[type, ...] = (
     queues.Queue,
     queues.SimpleQueue,
     Thread,
@@ -30,6 +30,12 @@ _OPAQUE = (
     float,
     complex,
 )
+
+
+def make_opaque(cls: type) -> None:
+    """Objects of ``cls`` keep their endpoints to themselves: a process whose target knows one isn't given those."""
+    global _OPAQUE
+    _OPAQUE = (*_OPAQUE, cls)
 
 
 def endpoints_within(root: object) -> list[Endpoint]:

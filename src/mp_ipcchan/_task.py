@@ -9,10 +9,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from . import _call, _variables
-from ._chunk import run_chunk
 from ._future import Future
 from ._message import Message, Outgoing
 from ._schedule import ALONE
+from ._ticket import Ticket
 from .errors import IpcError
 
 
@@ -75,11 +75,13 @@ class Task:
         options: Mapping[str, Any],
         timeout: float | None = None,
         retries: int = 0,
+        future: Future[Any] | Ticket | None = None,
     ) -> None:
         self.function, self.args, self.options = function, args, options
         self.timeout = timeout
         self.retries = retries
-        self.future: Future[Any] = Future()
+        #: Who waits.
+        self.future: Future[Any] | Ticket = Future() if future is None else future
         self.by_value = False
         self.variables = _variables.current()
         self.item: Outgoing = _call.encode_call(function, args, options, self.variables)
@@ -90,10 +92,7 @@ class Task:
 
     def encode_by_value(self) -> None:
         """Let the function that the user gave travel by value."""
-        args = self.args
-        if self.function is run_chunk:
-            args = (_call.ByValue(args[0]), *args[1:])
-        self.item = _call.encode_by_value(self.function, args, self.options, self.variables)
+        self.item = _call.encode_by_value(self.function, self.args, self.options, self.variables)
         self.size = len(self.item)
         self.by_value = True
 
@@ -116,5 +115,5 @@ class Task:
     @property
     def name(self) -> str:
         """The name of the user's function, for messages."""
-        function = self.args[0] if self.function is run_chunk else self.function
+        function = self.args[0] if self.function in _call.runners else self.function
         return getattr(function, "__qualname__", None) or repr(function)

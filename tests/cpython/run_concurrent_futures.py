@@ -1,10 +1,11 @@
 """Runs CPython's own tests of ProcessPoolExecutor, as shipped with this interpreter, on mp_ipcchan.
 
-    python run_concurrent_futures.py METHOD [--stock] [--only ID ...]
+    python run_concurrent_futures.py METHOD [--stock | --executor] [--only ID ...]
 
 METHOD is "fork", "spawn" or "forkserver": the test classes of that method run. Prints unittest's
 report, and as its last line a JSON object with the ids of the tests that ran, were skipped, and
-failed. ``--stock`` runs the same without us, to tell which failures are this machine's.
+failed. The stdlib's executor runs them on our context; with ``--executor`` ours does. ``--stock`` runs the
+same without us, to tell which failures are this machine's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,25 @@ def check_ours(method: str) -> None:
         queue: object = context.SimpleQueue()
         if type(queue) is not mp_ipcchan.SimpleQueue or not type(context).__module__.startswith("mp_ipcchan"):
             sys.exit(f"{context!r} makes {queue!r}")
+
+
+def replace_executor() -> None:
+    """Have the tests, which take it from there, test our executor."""
+    import concurrent.futures.process
+
+    import mp_ipcchan
+
+    for module in (concurrent.futures, concurrent.futures.process):
+        module.ProcessPoolExecutor = mp_ipcchan.ProcessPoolExecutor  # type: ignore[assignment,misc]
+
+
+def check_executor(chosen: list[unittest.TestCase]) -> None:
+    """Stop the process where a test has another executor."""
+    import mp_ipcchan
+
+    kinds = {case.executor_type for case in chosen if hasattr(case, "executor_type")}
+    if kinds != {mp_ipcchan.ProcessPoolExecutor}:
+        sys.exit(f"the tests have {kinds}")
 
 
 def module_names() -> list[str]:
@@ -70,12 +90,17 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--stock", action="store_true")
+    parser.add_argument("--executor", action="store_true")
     parser.add_argument("--only", nargs="*", default=[])
     options = parser.parse_args()
     if not options.stock:
         check_ours(options.method)
+    if options.executor:
+        replace_executor()
     found = cases(unittest.defaultTestLoader.loadTestsFromNames(module_names()))
     chosen = [case for case in found if is_of(case, options.method) and (not options.only or case.id() in options.only)]
+    if options.executor and not options.only:
+        check_executor(chosen)
     runner = unittest.TextTestRunner(resultclass=Result, verbosity=2)  # type: ignore[arg-type]
     result = runner.run(unittest.TestSuite(chosen))
     failed = sorted({case.id() for case, _ in (*result.failures, *result.errors)})

@@ -46,8 +46,17 @@ def check_ours() -> None:
         sys.exit(f"the default context is {context!r}")
     if not all(type(one) is cls for one, cls in zip(made, expected, strict=True)):
         sys.exit(f"the factories make {made!r}")
+    with multiprocessing.Pool(1) as pool:
+        in_child = pool.apply(_kind_of_pool)
+    if type(pool) is not mp_ipcchan.Pool or in_child != _kind_of_pool():
+        sys.exit(f"the pool is {pool!r}, and that of a child {in_child}")
     if multiprocessing.get_start_method() != type(context).__name__.removesuffix("Context").lower():
         sys.exit(f"the start method is {multiprocessing.get_start_method()} in {context!r}")
+
+
+def _kind_of_pool() -> str:
+    with multiprocessing.Pool(1) as pool:
+        return repr(type(pool))
 
 
 def _check_forked() -> None:

@@ -248,3 +248,43 @@ def get_request_id() -> Any:
 
 def set_request_id(value: Any) -> None:
     request_id.set(value)
+
+
+def square_or_die(x: int, victim: int = 10) -> int:
+    """Some work, or for one item the end of the worker."""
+    if x == victim:
+        die()
+    time.sleep(0.02)
+    return square(x)
+
+
+def nested_pool(workers: int) -> int:
+    import multiprocessing
+
+    with multiprocessing.get_context("ipcchan").Pool(workers) as inner:
+        return sum(inner.map(square, range(10)))
+
+
+def raise_at(x: int, wrong: int) -> int:
+    if x == wrong:
+        raise ValueError(f"item {x}")
+    return x
+
+
+def raise_at_three(x: int) -> int:
+    return raise_at(x, 3)
+
+
+def die_at_three(x: int) -> int:
+    if x == 3:
+        die()
+    return x
+
+
+def add(x: int, y: int = 0) -> int:
+    return x + y
+
+
+def touch(path: str) -> None:
+    with open(path, "x"):
+        pass

@@ -37,7 +37,8 @@ LAYERS = [
     ["_process"],
     ["_reduction"],
     ["_context"],
-    ["_variables", "_schedule", "_logs", "_resident", "_lifeline", "_stats", "_ring", "_future"],
+    ["_variables", "_schedule", "_logs", "_resident", "_lifeline", "_stats", "_ring", "_future", "_ticket"],
+    ["_feed", "_progress", "_engine_url"],
     ["_call"],
     ["_chunk"],
     ["_task", "_worker", "_map"],
@@ -45,7 +46,11 @@ LAYERS = [
     ["_crew"],
     ["_engine"],
     ["_executor"],
-    ["_bench"],
+    ["_bench", "_foreign"],
+    ["_workforce"],
+    ["_async_result"],
+    ["_imap"],
+    ["_pool"],
     ["__main__"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
