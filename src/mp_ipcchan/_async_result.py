@@ -93,7 +93,7 @@ class Jobs(Protocol):
     def _one_less(self) -> None: ...
 
 
-class AsyncResult(stdlib.ApplyResult, Generic[T]):  # type: ignore[type-arg]
+class AsyncResult(stdlib.ApplyResult[T], Generic[T]):
     """The result of a call, once it is there; ``multiprocessing.pool.AsyncResult``, which documents it."""
 
     _value: Any
@@ -192,7 +192,7 @@ def call_back(callback: Callable[[Any], object], value: Any) -> None:
         threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
-class MapResult(AsyncResult[list[T]], stdlib.MapResult):  # type: ignore[type-arg]
+class MapResult(AsyncResult[list[T]], stdlib.MapResult[T]):
     """The results of a map, in order, once they are all there, or the first exception.
 
     Its items go to the workers in chunks of what the user asked for, or what their time suggests. Where those are

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import TimeoutError as StdlibTimeoutError
 from multiprocessing import pool as stdlib
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._async_result import Host, Jobs, is_final
 from ._chunk import ChunkSize, run_each, run_whole
@@ -246,7 +246,16 @@ def _guarded(iterable: Iterable[Any]) -> Iterator[Any]:
     yield from iterable
 
 
-class IMapIterator(stdlib.IMapIterator, Generic[T]):  # type: ignore[type-arg]
+if TYPE_CHECKING:
+    _StdlibOrdered = stdlib.IMapIterator
+    _StdlibUnordered = stdlib.IMapUnorderedIterator
+else:
+    # They take no parameter when they run.
+    _StdlibOrdered = {T: stdlib.IMapIterator}
+    _StdlibUnordered = {T: stdlib.IMapUnorderedIterator}
+
+
+class IMapIterator(_StdlibOrdered[T], Generic[T]):
     """Iterates over results in the order of the input."""
 
     def __init__(self, stream: Stream, progress: Callable[[int | None], None] | None = None) -> None:
@@ -275,11 +284,12 @@ class IMapIterator(stdlib.IMapIterator, Generic[T]):  # type: ignore[type-arg]
         progress(1)
         return result
 
-    __next__ = next  # noqa: A003
+    def __next__(self) -> T:
+        return self.next()
 
     def __del__(self) -> None:
         self._stream.forget()
 
 
-class IMapUnorderedIterator(IMapIterator[T], stdlib.IMapUnorderedIterator):  # type: ignore[type-arg]
+class IMapUnorderedIterator(IMapIterator[T], _StdlibUnordered[T]):
     """Iterates over results as they come."""
