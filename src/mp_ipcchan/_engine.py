@@ -107,9 +107,7 @@ class Engine(Crew):
         with self._lock:
             self.check()
             if self._thread is None:
-                self._open()
-            for _ in range(self._size - len(self.workers)):
-                self._start_worker()
+                self._open(self._size)
 
     @property
     def window(self) -> int:
@@ -187,14 +185,24 @@ class Engine(Crew):
         """The exception that a task raised, with the traceback of the worker as its cause."""
         return _outcome.revive(text, pickled, self._remote_traceback)
 
-    def _open(self) -> None:
+    def _open(self, workers: int = 0) -> None:
+        """Begin, with so many workers already."""
         self._commons = Commons(self._size)
         self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
         _engines.add(self)
         try:
+            # Ahead of the thread: a process that has several is better not forked.
+            for _ in range(workers):
+                self._start_worker()
             self._thread.start()
         except BaseException:
             self._thread = None
+            for worker in self.workers.values():
+                worker.kill()
+                worker.join()
+                worker.close()
+            self.workers.clear()
+            self._events.clear()
             self._release()
             raise
 

@@ -284,8 +284,8 @@ class IMapIterator(_StdlibOrdered[T], Generic[T]):
         progress(1)
         return result
 
-    def __next__(self) -> T:
-        return self.next()
+    def __next__(self, timeout: float | None = None) -> T:
+        return self.next(timeout)
 
     def __del__(self) -> None:
         self._stream.forget()

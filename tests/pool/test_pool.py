@@ -215,6 +215,24 @@ def _ignore_and_sleep() -> None:
     time.sleep(60)
 
 
+def test_workers_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says so, and those that were started before it are gone."""
+    started = []
+
+    def start(self: Any) -> Any:
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(self)
+        return original(self)
+
+    original = type(FORK).Process.start
+    monkeypatch.setattr(type(FORK).Process, "start", start)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        FORK.Pool(3)
+    assert started
+    assert started[0] not in multiprocessing.active_children()
+
+
 # -- the stdlib's surface --------------------------------------------------------------------
 
 
