@@ -1,6 +1,6 @@
 """Runs CPython's own tests of ProcessPoolExecutor, as shipped with this interpreter, on mp_ipcchan.
 
-    python run_concurrent_futures.py METHOD [--stock | --executor] [--only ID ...]
+    python run_concurrent_futures.py METHOD [--stock | --executor] [--only ID ...] [--skip END ...]
 
 METHOD is "fork", "spawn" or "forkserver": the test classes of that method run. Prints unittest's
 report, and as its last line a JSON object with the ids of the tests that ran, were skipped, and
@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--executor", action="store_true")
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--skip", nargs="*", default=[], help="ends of ids")
     options = parser.parse_args()
     if not options.stock:
         check_ours(options.method)
@@ -99,6 +100,7 @@ def main() -> int:
         replace_executor()
     found = cases(unittest.defaultTestLoader.loadTestsFromNames(module_names()))
     chosen = [case for case in found if is_of(case, options.method) and (not options.only or case.id() in options.only)]
+    chosen = [case for case in chosen if not case.id().endswith(tuple(options.skip))]
     if options.executor and not options.only:
         check_executor(chosen)
     runner = unittest.TextTestRunner(resultclass=Result, verbosity=2)  # type: ignore[arg-type]
