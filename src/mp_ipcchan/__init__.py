@@ -25,11 +25,11 @@ Modules import only from those above them in this list:
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
     _call, _chunk, _variables, _schedule,
     _future, _task                                  the pool: calls on their way, and who gets which
-    _lifeline, _resident, _logs, _worker              what runs in a worker, and what it owes its parent
+    _lifeline, _resident, _logs, _worker            what runs in a worker, and what it owes its parent
     _member, _commons, _crew,
     _outcome, _stats, _engine                       workers as their parent sees them, and who hears of it
     _map, _executor                                 what users call
-    _ticket, _foreign, _workforce                     where a Pool's tasks run: its own workers, or any executor
+    _ticket, _foreign, _workforce                   where a Pool's tasks run: its own workers, or any executor
     _feed, _async_result, _imap, _progress,
     _engine_url, _pool                              the Pool: its input, its results, itself
 """

@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
-from . import _call, _logs, _resident, _outcome
+from . import _call, _logs, _outcome, _resident
 from ._commons import Commons
 from ._crew import Crew
 from ._map import Mappings

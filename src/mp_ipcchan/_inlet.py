@@ -159,27 +159,21 @@ class Inlet:
         For one thread that alone reads, and that no signal's handler interrupts. Raises ``EndOfStream`` and whatever
         ``take`` raises; what came before that is in ``into``.
         """
-        if not self.ready and not self.inbox:
-            try:
-                for _ in range(most):
-                    packet = self.recvmsg(*AT_ONCE[0])
+        try:
+            if not self.ready and not self.inbox:
+                for packet in islice(self.packets, most):
                     data, ancillary, flags, _ = packet
                     if not data.startswith(PLAIN) or ancillary or flags & CUT:
                         self.inbox.append(packet)
                         break
                     into.append(data)
-            except (BlockingIOError, ConnectionResetError):
-                pass
+        except (BlockingIOError, ConnectionResetError):
+            pass
         try:
             while True:
                 if not self.ready and not self.inbox:
                     return
-                taken = self.take(False)
-                if isinstance(taken, (bytes, Parcel)):
-                    into.append(taken)
-                elif isinstance(taken, Spill):
-                    # The rest of a process that has ended; it unrolls in its place.
-                    self.put_back(taken)
+                into.append(self.take_message(False))
         except BlockingIOError:
             pass
 

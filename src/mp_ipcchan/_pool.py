@@ -19,9 +19,9 @@ from typing_extensions import Self
 
 from . import _engine_url, _progress
 from ._async_result import CLOSE, INIT, RUN, TERMINATE, AsyncResult, MapResult, Speeds
-from ._workforce import ForeignWorkers, OwnWorkers
 from ._imap import IMapIterator, IMapUnorderedIterator, Stream
 from ._stats import WorkerStats
+from ._workforce import ForeignWorkers, OwnWorkers
 
 S = TypeVar("S")
 T = TypeVar("T")
