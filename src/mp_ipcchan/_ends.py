@@ -152,7 +152,7 @@ class Ends:
         opened: deque[Opened] = deque()
         try:
             box.extend(starmap(inlet.front.recvmsg, PEEK_ALL))
-            open_packet(box[0], opened, [])
+            open_packet(box[0], opened, [], inlet.segments)
         except (BlockingIOError, EndOfStream):
             return None
         except BaseException:

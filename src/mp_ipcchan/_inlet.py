@@ -12,14 +12,17 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice, repeat, starmap, takewhile
 from typing import TypeAlias
 
-from ._deadline import wait_for
+from . import _segment_pool
+from ._deadline import deadline_in, wait_for
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
+from ._segment_cache import SegmentCache
 from ._transport._spill import Spill
 from ._transport.unix import (
     AT_ONCE,
@@ -64,6 +67,7 @@ class Inlet:
         "ready",
         "receiving",
         "recvmsg",
+        "segments",
         "shared",
         "waker",
     )
@@ -92,6 +96,8 @@ class Inlet:
         #: The reading end of that lane, and the first spill in it, once it was seen.
         self.front: socket.socket | None = None
         self.shared: Spill | None = None
+        #: What of the senders' memory stays mapped here.
+        self.segments: SegmentCache = SegmentCache()
         #: How often ``await_packet`` looks before it sleeps, and how often that was in vain.
         self._looks = _MOST_LOOKS
         self._vain_looks = 0
@@ -120,7 +126,7 @@ class Inlet:
                 data, ancillary, flags, _ = box[0]
                 if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                     return data
-                open_packet(box[0], opened, spent)
+                open_packet(box[0], opened, spent, self.segments)
                 if spent:
                     close_all(spent)
                 if len(opened) == 1:
@@ -192,7 +198,23 @@ class Inlet:
             return box
         self._vain_looks = (self._vain_looks + 1) % _LOOK_AGAIN
         self._looks = self._looks // 2 if self._vain_looks else _MOST_LOOKS
+        self._rest(None)
         return [*starmap(self.recvmsg, (WAITING,))]
+
+    def _rest(self, deadline: float | None) -> bool:
+        """Wait for a packet, and give back the memory that this process has kept if none comes for a while.
+
+        Whether there is more to wait for: no packet, and not the deadline.
+        """
+        if not _segment_pool.is_empty() or not self.segments.is_empty:
+            ends = deadline_in(_segment_pool.IDLE_AFTER)
+            if deadline is not None and deadline <= ends:
+                return True
+            if wait_for(self._sock.fileno(), select.POLLIN, ends, *self._others()):
+                return False
+            self.segments.clear()
+            _segment_pool.give_back(time.monotonic())
+        return True
 
     def keep(self, box: list[Packet]) -> None:
         """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
@@ -277,8 +299,11 @@ class Inlet:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
         if (self.ready or self.inbox) and self.holding:
             return True
-        others = () if self.front is None else (self.front.fileno(),)
-        return wait_for(self._sock.fileno(), select.POLLIN, deadline, *others)
+        return not self._rest(deadline) or wait_for(self._sock.fileno(), select.POLLIN, deadline, *self._others())
+
+    def _others(self) -> tuple[int, ...]:
+        """What else messages come from."""
+        return () if self.front is None else (self.front.fileno(),)
 
     @property
     def holding(self) -> bool:
@@ -321,6 +346,7 @@ class Inlet:
     def close(self) -> None:
         """Drop what waits here. The socket is the link's to close."""
         self.shared = None
+        self.segments.clear()
         if self.waker:
             self.waker.close()
             self.waker = None

@@ -24,6 +24,7 @@ from itertools import accumulate, islice, repeat, starmap, takewhile
 from . import _drainer
 from ._deadline import deadline_in, remaining, wait_for
 from ._message import Message, Outgoing
+from ._segment_pool import SegmentPool, release_all
 from ._transport._frame import pack
 from ._transport._spill import Spill
 from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit
@@ -63,7 +64,7 @@ class Outlet:
         "helped",
         "lock",
         "packs",
-        "recycles",
+        "segments",
         "send_raw",
     )
 
@@ -88,10 +89,10 @@ class Outlet:
         self._refusal = 0
         #: Whether the reader understands packed messages (a Receiver does).
         self.packs: bool = False
-        #: Whether segments may be used again once their reader seems done. Never where the reader isn't trusted.
-        self.recycles: bool = True
         #: Whether a sender sends so much that what waits need not be seen to: it does that itself, in packs.
         self.helped: bool = False
+        #: For what doesn't fit a packet.
+        self.segments: SegmentPool = SegmentPool()
         #: Called with the number of messages that have left the backlog, sent or dropped.
         self.delivered: Callable[[int], None] | None = None
         #: Held while the backlog changes. Reentrant: a signal's handler may send, too.
@@ -131,7 +132,7 @@ class Outlet:
             return False
         noted = [] if noted is None else noted
         try:
-            transmit(self._sock, item, noted)
+            transmit(self._sock, item, self.segments, noted)
         except BaseException as error:
             if noted:
                 _sent(item)
@@ -271,7 +272,7 @@ class Outlet:
         if packet is None:
             self._acks.extend(map(self.send_raw, items, repeat(SEND_FLAGS)))  # type: ignore[arg-type]
         else:
-            transmit(self._sock, packet, self._acks)
+            transmit(self._sock, packet, self.segments, self._acks)
 
     def _remove_sent(self) -> int:
         """Remove what was sent from the backlog; how many messages."""
@@ -363,6 +364,7 @@ class Outlet:
                 if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
                     self._refusal = error.errno
                     if error.errno == errno.EMFILE:
+                        release_all()
                         _drainer.close_reserve()
                 else:
                     # The reader is gone, and with it everybody who could miss something.
@@ -394,6 +396,7 @@ class Outlet:
     def close(self) -> None:
         # Breaks the cycle with the link, so that neither waits for the garbage collector.
         self._emptied = _nothing
+        self.segments.close()
 
     def reset_after_fork(self) -> None:
         self.lock = threading.RLock()

@@ -164,7 +164,7 @@ class Sender(SenderBase[T_contra]):
         else:
             self._encode = typed.encode
             # The reader may be anybody: it must not see what a segment holds next.
-            link.outlet.recycles = False
+            link.outlet.segments.recycles = False
 
     def _on(self, link: Link) -> Self:
         return type(self)(link, self._typed)

@@ -13,6 +13,7 @@ LAYERS = [
     ["errors", "_deadline", "_interrupt", "_peer", "_watch"],
     ["_message", "_memory", "_address"],
     ["_segment", "_transport._frame", "_transport._carrier"],
+    ["_segment_pool", "_segment_cache"],
     ["_transport._spill"],
     ["_transport.unix"],
     ["_listener"],

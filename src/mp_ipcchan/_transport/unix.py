@@ -8,6 +8,7 @@ because O_NONBLOCK lies in the open file description, which other processes shar
 from __future__ import annotations
 
 import array
+import _thread
 import os
 import socket
 from collections import deque
@@ -16,8 +17,10 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from .. import _segment
+from .. import _segment, _segment_pool
 from .._message import PACKET_SIZE, PLAIN, Buffer, Descriptors, Incoming, Message, Outgoing, Parcel
+from .._segment_cache import SegmentCache
+from .._segment_pool import SegmentPool
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, descriptors_in, load, rights, too_many, unload
 from ._carrier import SEND_FLAGS as SEND_FLAGS
@@ -109,31 +112,35 @@ def adopt(fd: int) -> socket.socket:
     return sock
 
 
-def transmit(sock: socket.socket, item: Outgoing, noted: list[object]) -> None:
+def transmit(sock: socket.socket, item: Outgoing, segments: SegmentPool, noted: list[object]) -> None:
     """Send one message as one packet, now. Raises ``BlockingIOError`` or another ``OSError``; nothing left then.
+
+    What doesn't fit the packet goes into one of ``segments``.
 
     ``noted`` gets an element in the C call that sends: where a signal's handler raises behind it, that tells.
     """
     if isinstance(item, bytes):
         noted.extend(map(sock.send, (item,), (SEND_FLAGS,)))
     else:
-        _transmit_message(sock, item, noted)
+        _transmit_message(sock, item, segments, noted)
 
 
-def _transmit_message(sock: socket.socket, message: Message, noted: list[object]) -> None:
+def _transmit_message(sock: socket.socket, message: Message, segments: SegmentPool, noted: list[object]) -> None:
     kinds = bytes([handle.kind for handle in message.handles])
     sizes = [memoryview(buffer).nbytes for buffer in message.buffers]
     body_size = sum(memoryview(piece).nbytes for piece in message.body)
     fds = [handle.fileno() for handle in message.handles]
     # What is made here is closed with these two, even if a signal's handler keeps us from doing it.
     segment = Descriptors([])
+    thread = _thread.get_ident()
     carrier = None
     flags = 0
     payload: bytes = b""
     try:
         if HEADER_SIZE + len(kinds) + 8 * len(sizes) + body_size + sum(sizes) > PACKET_SIZE:
             flags |= SEGMENT_FLAG
-            _segment.create(message.body, message.buffers, segment.fds)
+            _segment_pool.leaving[thread] = segment
+            segments.write(message.body, message.buffers, segment.fds)
         else:
             payload = b"".join((*message.body, *message.buffers))
         if len(segment.fds) + len(fds) > MAX_IN_PACKET:
@@ -144,14 +151,15 @@ def _transmit_message(sock: socket.socket, message: Message, noted: list[object]
         noted.extend(map(sock.sendmsg, (parts,), (rights(segment.fds + fds),), (SEND_FLAGS,)))
     finally:
         segment.close()
+        _segment_pool.leaving.pop(thread, None)
         if carrier is not None:
             carrier.close()
 
 
-def open_packet(packet: Packet, opened: deque[Opened], spent: list[int]) -> None:
+def open_packet(packet: Packet, opened: deque[Opened], spent: list[int], segments: SegmentCache) -> None:
     """Append the messages of a received packet to ``opened``, in one C call; they own its descriptors then.
 
-    But for those in ``spent``, which have served: the caller closes them then.
+    But for those in ``spent``, which have served: the caller closes them then. Segments are mapped by ``segments``.
 
     Raises ``EndOfStream``, ``ProtocolError`` or ``OSError``; ``close_packet`` must follow. Where something
     else interrupts it, a signal's handler, the packet can be opened again.
@@ -179,17 +187,19 @@ def open_packet(packet: Packet, opened: deque[Opened], spent: list[int]) -> None
         make = partial(Spill, fds[0], frame.body_size, table, count)
         opened.extend(map(make, (fds[1:],)))
     else:
-        _open_envelope(frame, data, fds, opened, spent)
+        _open_envelope(frame, data, fds, opened, spent, segments)
 
 
-def _open_envelope(frame: Frame, data: bytes, fds: list[int], opened: deque[Opened], spent: list[int]) -> None:
+def _open_envelope(
+    frame: Frame, data: bytes, fds: list[int], opened: deque[Opened], spent: list[int], segments: SegmentCache
+) -> None:
     body: Buffer
     buffers: list[Buffer]
     inside = _handles(frame, fds)
     if frame.in_segment:
         try:
             offsets, size = _segment.layout(frame.body_size, frame.lengths)
-            view = _segment.map_whole(fds[0], size)
+            view = segments.view(fds[0], size)
         except BaseException:
             if frame.in_carrier:
                 close_all(inside)

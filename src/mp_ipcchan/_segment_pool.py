@@ -1,0 +1,267 @@
+"""Segments that a sender keeps and uses again, because memory that was used before is fast.
+
+To write to fresh memory costs many times what copying does, since the kernel has to find every page. So
+the outlet of a channel keeps some of its segments, mapped. It has to know when a reader is done with one,
+be that killed or the message never be read, and asks the kernel, by a lock that needs no release:
+
+- A message doesn't take the segment's descriptor along but a *lease*: the memory opened once more, as an
+  open file description of its own, with a shared ``flock`` on it. The sender closes its descriptor at once.
+- What is received holds the lease by a mapping of it. Descriptors in flight and mappings that a forked
+  child inherits count as well. When the last is gone, so is the lock.
+- The sender gets an exclusive lock on the segment exactly if no lease is left. It lets go of that again before it
+  lends.
+
+Nothing is counted, so nothing is left over from a process that is killed. A forked child drops what it inherits:
+it shares the parent's open file descriptions, so the lock would tell it nothing.
+
+Bounds, for a process in all: ``MOST_BYTES``, and ``_MOST_SEGMENTS`` descriptors, or an eighth of what ``ulimit -n``
+allows. Beyond them a message has a segment of its own, which is closed once it is sent, as it has where
+there is no /proc to open the lease through. Segments are given back when the channel is closed, and when they weren't
+used for ``IDLE_AFTER``. That is noticed without a thread: by whoever sends something large, on any
+channel, and by whoever waits for a message for that long (``_inlet``).
+
+A segment is used again by its own channel only. Whoever has read from that may have it mapped still, and could
+see what is written to it later. Those who send pickles to each other trust each other; for a channel between
+those who don't, ``recycles`` is to be false.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import fcntl
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+
+from . import _segment
+from ._memory import PAGE, map_shared
+from ._message import Buffer, Descriptors
+
+#: What a process keeps at most (bytes). Three messages of 64 MiB: one written, one on its way, one being read.
+MOST_BYTES = 256 << 20
+#: How many segments, and so descriptors, a process and a channel keep at most.
+_MOST_SEGMENTS = 64
+_MOST_PER_CHANNEL = 16
+#: After how long without use (seconds) a segment is given back.
+IDLE_AFTER = 1.0
+#: How many segments are asked for whether they are free: the last ones used, whose bytes may still be in the
+#: processor's cache, and then those used longest ago, which are most likely free.
+_LATEST, _ASKED = 3, 8
+#: How much is copied at a time (bytes): meanwhile no other thread runs.
+_STRETCH = 4 << 20
+
+#: The descriptors of messages that are just being sent, by thread: a forked child must not hold their leases.
+leaving: dict[int, Descriptors] = {}
+#: The pools that have segments.
+_pools: dict[SegmentPool, None] = {}
+#: When segments that weren't used are next looked for (monotonic seconds).
+_look_at = 0.0
+
+
+class _Segment:
+    """A segment and its descriptor, closed with this object. Used by whoever has acquired ``claim``."""
+
+    __slots__ = ("_fd", "_fds", "_path", "_view", "claim", "room", "used_at")
+
+    def __init__(self, fds: Descriptors, room: int) -> None:
+        self._fds = fds
+        self._fd = fds.fds[0]
+        self._path = f"/proc/self/fd/{self._fd}"
+        self._view: memoryview | None = None
+        self.claim = _thread.allocate_lock()
+        #: How much it takes (bytes).
+        self.room = room
+        #: Monotonic seconds.
+        self.used_at = 0.0
+
+    def is_free(self) -> bool:
+        """Whether no lease is left."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        except OSError:
+            return False
+        return True
+
+    def lend(self, owned: list[int]) -> bool:
+        """Append a lease to ``owned``. False where there can't be one; the segment itself is in ``owned`` then."""
+        before = len(owned)
+        try:
+            owned.extend(map(os.open, (self._path,), (os.O_RDWR | os.O_CLOEXEC,)))
+            fcntl.flock(owned[-1], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            # No /proc, no descriptor left, no memory for a lock. Nobody has a lease: give it away.
+            list(map(os.close, map(owned.pop, [-1] * (len(owned) - before))))
+            owned.extend(map(self._fds.fds.pop, (0,)))
+            return False
+        return True
+
+    def fill(self, pieces: Sequence[memoryview]) -> None:
+        """Copy ``pieces`` to the start."""
+        if self._view is None:
+            # Not of the lease: a mapping holds it.
+            self._view = memoryview(map_shared(self._fd, self.room))
+        view, at = self._view, 0
+        for piece in pieces:
+            for start in range(0, len(piece), _STRETCH):
+                part = piece[start : start + _STRETCH]
+                view[at : at + len(part)] = part
+                at += len(part)
+
+
+class SegmentPool:
+    """The segments of one outlet. Safe from several threads."""
+
+    __slots__ = ("_kept", "recycles")
+
+    def __init__(self) -> None:
+        #: In the order in which they were last used.
+        self._kept: list[_Segment] = []
+        #: Whether a segment may be used again: see above.
+        self.recycles: bool = True
+
+    def write(self, body: Sequence[Buffer], buffers: Sequence[Buffer], owned: list[int]) -> None:
+        """Write a message's bytes into a segment. Its descriptor is appended to ``owned``, to be sent and closed."""
+        pieces, size = _segment.arrange(body, buffers)
+        now = time.monotonic()
+        if now >= _look_at:
+            give_back(now)
+        segment = self._claim(size)
+        try:
+            if segment is None:
+                self._write_new(pieces, size, now, owned)
+                return
+            segment.used_at = now
+            if segment.lend(owned):
+                self._move_last(segment)
+            else:
+                self._forget(segment)
+            # Lent first: from the lease on, nobody else takes it for free.
+            segment.fill(pieces)
+        finally:
+            if segment is not None:
+                segment.claim.release()
+
+    def _claim(self, size: int) -> _Segment | None:
+        """A free segment that fits, for this thread alone until it releases the claim."""
+        for segment in islice(self._fitting(size), _ASKED):
+            if segment.claim.acquire(False):
+                if segment.is_free():
+                    return segment
+                segment.claim.release()
+        return None
+
+    def _fitting(self, size: int) -> Iterator[_Segment]:
+        fitting = [segment for segment in self._kept if size <= segment.room <= 2 * size]
+        return chain(reversed(fitting[-_LATEST:]), fitting[:-_LATEST])
+
+    def _write_new(self, pieces: Sequence[memoryview], size: int, now: float, owned: list[int]) -> None:
+        room = _room_for(size)
+        if not self.recycles or len(self._kept) >= _MOST_PER_CHANNEL or not _has_room(room):
+            _create(pieces, owned)
+            return
+        made = Descriptors([])
+        try:
+            _create(pieces, made.fds, room)
+        except OSError:
+            # Not so much, and be it only by what makes it fit others, too.
+            made.close()
+            _create(pieces, owned)
+            return
+        segment = _Segment(made, room)
+        segment.used_at = now
+        if segment.lend(owned):
+            self._kept.append(segment)
+            _pools[self] = None
+
+    def _move_last(self, segment: _Segment) -> None:
+        try:
+            self._kept.remove(segment)
+        except ValueError:
+            # Given back by another thread meanwhile.
+            return
+        self._kept.append(segment)
+
+    def _forget(self, segment: _Segment) -> None:
+        try:
+            self._kept.remove(segment)
+        except ValueError:
+            pass
+
+    def give_back(self, unused_since: float) -> None:
+        """Let go of the segments that weren't used since then (monotonic seconds)."""
+        for segment in list(self._kept):
+            if segment.used_at <= unused_since:
+                self._forget(segment)
+        if not self._kept:
+            _pools.pop(self, None)
+
+    def close(self) -> None:
+        """Let go of all segments. What was sent stays."""
+        self._kept.clear()
+        _pools.pop(self, None)
+
+    @property
+    def kept(self) -> list[int]:
+        """How much each segment takes (bytes)."""
+        return [segment.room for segment in list(self._kept)]
+
+
+def is_empty() -> bool:
+    """Whether this process keeps no segments."""
+    return not _pools
+
+
+def give_back(now: float) -> None:
+    """Let go of all segments of this process that weren't used for ``IDLE_AFTER``."""
+    global _look_at
+    _look_at = now + IDLE_AFTER
+    for pool in list(_pools):
+        pool.give_back(now - IDLE_AFTER)
+
+
+def _has_room(room: int) -> bool:
+    """Whether another segment of ``room`` bytes is within this process's bounds."""
+    kept = [one for pool in list(_pools) for one in pool.kept]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_SEGMENTS if soft == resource.RLIM_INFINITY else min(_MOST_SEGMENTS, soft // 8)
+    return len(kept) < most and sum(kept) + room <= MOST_BYTES
+
+
+def _room_for(size: int) -> int:
+    """A bit more than ``size``, so that messages of about the same size fit: four steps to a doubling."""
+    step = 1 << max(PAGE.bit_length() - 1, size.bit_length() - 3)
+    return -(-size // step) * step
+
+
+def _create(pieces: Sequence[memoryview], owned: list[int], room: int = 0) -> None:
+    """A new segment. Where this process has used up its descriptors, kept segments make way."""
+    # What is behind the room is never touched. It makes the size of the file tell it from others (``_segment_cache``).
+    size = room + int.from_bytes(os.urandom(3), "little") % _segment.MOST_BEHIND if room else 0
+    try:
+        _segment.create(pieces, owned, size, room)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or is_empty():
+            raise
+        release_all()
+        _segment.create(pieces, owned, size, room)
+
+
+def release_all() -> None:
+    """Let go of all segments of this process, and of their descriptors."""
+    for pool in list(_pools):
+        pool.close()
+
+
+def _reset_after_fork() -> None:
+    for thread, descriptors in list(leaving.items()):
+        if thread != _thread.get_ident():
+            descriptors.close()
+    leaving.clear()
+    release_all()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)
