@@ -112,7 +112,9 @@ class _Encoder:
 
     def message(self) -> Message:
         """What ``dump`` has made, where it is more than a plain frame."""
-        message = Message(self.pieces[:], self.buffers[:], self.handles[:])
+        # What is large the pickler writes as it is, and that may have any shape.
+        body = [one if one.__class__ is bytes else pickle.PickleBuffer(one).raw() for one in self.pieces]
+        message = Message(body, self.buffers[:], self.handles[:])
         if sum(map(len, self.pieces)) <= _KEEP_BELOW:
             self.pieces.clear()
             self.buffers.clear()

@@ -19,7 +19,7 @@ from itertools import islice, repeat, starmap, takewhile
 from typing import TypeAlias
 
 from . import _segment_pool
-from ._deadline import deadline_in, wait_for
+from ._deadline import wait_for
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
 from ._segment_cache import SegmentCache
@@ -207,7 +207,7 @@ class Inlet:
         Whether there is more to wait for: no packet, and not the deadline.
         """
         if not _segment_pool.is_empty() or not self.segments.is_empty:
-            ends = deadline_in(_segment_pool.IDLE_AFTER)
+            ends = time.monotonic() + _segment_pool.IDLE_AFTER
             if deadline is not None and deadline <= ends:
                 return True
             if wait_for(self._sock.fileno(), select.POLLIN, ends, *self._others()):

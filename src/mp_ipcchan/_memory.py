@@ -19,7 +19,7 @@ PAGE = mmap.PAGESIZE
 if sys.version_info >= (3, 13):
 
     def map_shared(fd: int, size: int) -> mmap.mmap:
-        """The first ``size`` bytes of ``fd``, writable, until it is collected. ``OSError`` where it can't be."""
+        """The first ``size`` bytes of ``fd``, writable, until the object is collected. Raises ``OSError``."""
         return mmap.mmap(fd, size, trackfd=False)
 
 else:
@@ -42,7 +42,7 @@ else:
         return checked, lambda region: ctypes.addressof(ctypes.c_char.from_buffer(region))
 
     def map_shared(fd: int, size: int) -> mmap.mmap:
-        """The first ``size`` bytes of ``fd``, writable, until it is collected. ``OSError`` where it can't be."""
+        """The first ``size`` bytes of ``fd``, writable, until the object is collected. Raises ``OSError``."""
         map_at, address_of = _functions()
         # Private memory that is never touched, and the file in its place. So the object unmaps it in C, when
         # it is collected: no signal's handler can interrupt that.

@@ -21,8 +21,8 @@ from .errors import ProtocolError
 #: pops it again, so a plain frame with a pickle in it is unpickled as it stands, without a slice.
 PLAIN = b"C\x04ipc10"
 PLAIN_SIZE = len(PLAIN)
-#: No packet of ours is larger (bytes); receivers make room for this much.
-PACKET_SIZE = 65536
+#: No packet of ours is larger (bytes); receivers make room for this much. An array of 64 KiB fits.
+PACKET_SIZE = 69632
 #: The largest payload that goes in a plain frame (bytes); above it, it goes in a segment.
 INLINE_SIZE = PACKET_SIZE - PLAIN_SIZE
 #: Asked for as the send buffer of a channel's socket (bytes; the kernel doubles it): small enough that a
@@ -32,6 +32,7 @@ CHANNEL_BUFFER = 65536
 MAX_HANDLES = 16384
 MAX_BUFFERS = 1024
 
+#: Of bytes, contiguous, and of one dimension: its ``len`` is its size.
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
@@ -79,7 +80,7 @@ class Message:
             raise ValueError(f"a message carries at most {MAX_HANDLES} descriptors, not {len(handles)}: send several")
 
     def __len__(self) -> int:
-        return sum(memoryview(piece).nbytes for piece in (*self.body, *self.buffers))
+        return sum(map(len, self.body)) + sum(map(len, self.buffers))
 
     def sent(self) -> None:
         handles, self.handles = self.handles, ()

@@ -23,7 +23,8 @@ from itertools import accumulate, islice, repeat, starmap, takewhile
 
 from . import _drainer
 from ._deadline import deadline_in, remaining, wait_for
-from ._message import Message, Outgoing
+from ._message import INLINE_SIZE, Message, Outgoing
+from ._segment import check_limit
 from ._segment_pool import SegmentPool, release_all
 from ._transport._frame import pack
 from ._transport._spill import Spill
@@ -39,13 +40,16 @@ _STEP = 2048
 _MOST_IN_A_RUN = 64
 #: A sender who sends at least so many at once is taken to send many more.
 _BUSY = 8
+#: From which size (bytes) on a message is worth some tries, how many, about two microseconds each, and after
+#: how many times in vain as many again.
+_LARGE, _MOST_TRIES, _TRY_AGAIN = 16384, 16, 32
 #: How long to wait (seconds) where the kernel can't tell when to try again.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 #: "Not now": the socket is full, or this user has too many descriptors in flight.
 _NOT_NOW = frozenset((errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS))
 #: What ``send`` tells its caller at once, but a message that was accepted must wait out.
-_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC))
+_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG))
 
 
 class Outlet:
@@ -58,6 +62,8 @@ class Outlet:
         "_retry_at",
         "_sock",
         "_staged",
+        "_tries",
+        "_vain_tries",
         "_waiting",
         "backlog",
         "delivered",
@@ -85,6 +91,9 @@ class Outlet:
         #: Appending tries to send again once this many bytes wait.
         self._retry_at = _STEP
         self._pause = _SHORTEST_PAUSE
+        #: How often ``insist`` tries, and how often that was in vain.
+        self._tries = _MOST_TRIES
+        self._vain_tries = 0
         #: Why the kernel refused last (errno).
         self._refusal = 0
         #: Whether the reader understands packed messages (a Receiver does).
@@ -105,7 +114,7 @@ class Outlet:
 
     def send(self, item: Outgoing) -> None:
         """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then."""
-        if not self.try_send(item):
+        if not self.try_send(item) and not self.insist(item):
             accepted: list[object] = []
             try:
                 self.defer(item, accepted)
@@ -144,6 +153,23 @@ class Outlet:
             raise
         _sent(item)
         return True
+
+    def insist(self, item: Outgoing, noted: list[object] | None = None) -> bool:
+        """Try again a few times, where ``try_send`` failed and ``item`` is large: first what waits, then ``item``.
+
+        To let it wait costs more: it is copied, and a thread is woken. A reader at work makes room soon;
+        where that was in vain, nobody may be reading. Returns and raises what ``try_send`` does.
+        """
+        # What goes in a segment would be copied for each try.
+        if not _LARGE <= len(item) <= INLINE_SIZE:
+            return False
+        for _ in range(self._tries):
+            if self.drain() and self.try_send(item, noted):
+                self._tries = _MOST_TRIES
+                return True
+        self._vain_tries = (self._vain_tries + 1) % _TRY_AGAIN
+        self._tries = self._tries // 2 if self._vain_tries else _MOST_TRIES
+        return False
 
     def send_by(self, item: Outgoing, deadline: float | None) -> bool:
         """Send when the kernel takes it; False, with nothing sent, at the deadline (monotonic seconds)."""
@@ -198,6 +224,7 @@ class Outlet:
         Raises ``OSError``, and ``item`` does not wait, where nobody could be got to send it.
         """
         if isinstance(item, Message):
+            check_limit(len(item))
             item.own()
         with self.lock:
             # First somebody who sends it: an item that waits must never be without.
@@ -345,11 +372,12 @@ class Outlet:
         self._finish()
 
     def spill(self) -> None:
-        """Send all that waits as one last packet.
+        """Send all that waits as one last packet, or as few as this process may write so large a file.
 
         It waits for the reader only where even that has no room, or where the messages carry more
         descriptors than this user may have in flight.
         """
+        most = None
         while self.backlog:
             try:
                 with self.lock:
@@ -357,12 +385,15 @@ class Outlet:
                         return
                     self._busy = True
                     try:
-                        self._spill()
+                        self._spill(most)
                     finally:
                         self._busy = False
             except OSError as error:
                 if error.errno in _NOT_NOW or error.errno in _SHORTAGE:
                     self._refusal = error.errno
+                    if error.errno == errno.EFBIG and most != 1:
+                        most = max(1, (most or len(self.backlog)) // 2)
+                        continue
                     if error.errno == errno.EMFILE:
                         release_all()
                         _drainer.close_reserve()
@@ -375,8 +406,8 @@ class Outlet:
                 self._await_room(deadline_in(self._pause))
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
-    def _spill(self) -> None:
-        items = self._first(None)
+    def _spill(self, most: int | None) -> None:
+        items = self._first(most)
         rest = Spill.of(items)
         try:
             rest.send_last(self._sock)

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import tempfile
 from collections.abc import Iterable, Sequence
 
@@ -41,33 +42,33 @@ def layout(body_size: int, buffer_sizes: Iterable[int]) -> tuple[list[int], int]
     return offsets, end
 
 
-def arrange(body: Sequence[Buffer], buffers: Sequence[Buffer]) -> tuple[list[memoryview], int]:
+def arrange(body: Sequence[Buffer], buffers: Sequence[Buffer]) -> tuple[list[Buffer], int]:
     """``body`` and the aligned ``buffers`` as pieces that lie back to back, and their size."""
-    pieces = [memoryview(piece).cast("B") for piece in body if len(piece)]
-    body_size = sum(map(len, pieces))
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    offsets, size = layout(body_size, map(len, views))
-    end = body_size
-    for start, view in zip(offsets, views, strict=True):
-        if start > end:
-            pieces.append(memoryview(bytes(start - end)))
-        if len(view):
-            pieces.append(view)
-        end = start + len(view)
-    return pieces, size
+    pieces = list(body)
+    end = sum(map(len, pieces))
+    for buffer in buffers:
+        gap = -end % ALIGNMENT
+        if gap:
+            pieces.append(bytes(gap))
+        pieces.append(buffer)
+        end += gap + len(buffer)
+    return pieces, end
 
 
-def create(pieces: Sequence[memoryview], owned: list[int], size: int = 0, blank: int = 0) -> int:
+def create(pieces: Sequence[Buffer], owned: list[int], size: int = 0, blank: int = 0) -> int:
     """Write ``pieces`` into a new sealed segment of their size, or of ``size`` bytes if that is more.
 
     The first ``blank`` bytes have memory of their own then, so that writing to them can't fail. The
     descriptor is appended to ``owned``, the caller's to close, by the C call that makes it.
     """
-    owned.extend(map(os.memfd_create, ("mp_ipcchan",), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,)))
+    try:
+        owned.extend(map(os.memfd_create, ("mp_ipcchan",), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,)))
+    except OSError as error:
+        raise _no_room(error.errno or 0, sum(map(len, pieces))) from error
     fd = owned[-1]
     # Written, not mapped: where there is no memory for it, that is an error, not a SIGBUS. It is twice as
     # fast, too, as the kernel needn't clear what is written.
-    written = _write_all(fd, pieces)
+    written = write(fd, pieces)
     if blank > written:
         os.posix_fallocate(fd, written, blank - written)
     if size > written:
@@ -81,17 +82,16 @@ def create_with_position(pieces: Sequence[Buffer], owned: list[int]) -> int:
 
     As for ``create``, its descriptor is appended to ``owned``. Readers must reckon with its being truncated.
     """
-    views, _ = arrange(pieces, ())
-    fd = create(views, owned)
+    fd = create(pieces, owned)
     # Opened once more: only a file that was opened, not one of memfd_create, has a position that the kernel
     # guards against two processes that move it at a time.
     try:
         owned.extend(map(os.open, (f"/proc/self/fd/{fd}",), (os.O_RDWR | os.O_CLOEXEC,)))
-    except FileNotFoundError:
-        # /proc is not mounted: a file that has no name was opened, too.
+    except (FileNotFoundError, PermissionError):
+        # /proc is not mounted, or closed to this process since it changed its user: a file without a name.
         with tempfile.TemporaryFile() as file:
             owned.extend(map(os.dup, (file.fileno(),)))
-        _write_all(owned[-1], views)
+        write(owned[-1], pieces)
         os.lseek(owned[-1], 0, os.SEEK_SET)
     owned.remove(fd)
     os.close(fd)
@@ -110,16 +110,16 @@ def create_blank(size: int) -> int:
     return fd
 
 
-def _write_all(fd: int, pieces: Sequence[memoryview]) -> int:
-    """Write ``pieces``; how many bytes that was."""
-    rest = [piece for piece in pieces if len(piece)]
+def write(fd: int, pieces: Sequence[Buffer]) -> int:
+    """Write ``pieces`` at the file's position; how many bytes that was."""
+    rest = [memoryview(piece) for piece in pieces if len(piece)]
     size = sum(map(len, rest))
     at = 0
     while at < len(rest):
         try:
             written = os.writev(fd, rest[at : at + _MOST_PIECES])
         except OSError as error:
-            raise _no_room(error, size) from error
+            raise _no_room(error.errno or 0, size) from error
         # A write of more than 2 GiB is cut short by the kernel, as is one that a signal interrupts.
         while at < len(rest) and written >= len(rest[at]):
             written -= len(rest[at])
@@ -129,14 +129,24 @@ def _write_all(fd: int, pieces: Sequence[memoryview]) -> int:
     return size
 
 
-def _no_room(error: OSError, size: int) -> OSError:
-    """What to raise where a segment can't have its size."""
-    reason = {
-        errno.EFBIG: "this process may not write so large a file; raise the limit (ulimit -f)",
-        errno.ENOSPC: "there is no memory for it",
-        errno.ENOMEM: "there is no memory for it",
-    }.get(error.errno or 0, os.strerror(error.errno or 0))
-    return OSError(error.errno, f"can't send a message of {size} bytes: {reason}")
+def check_limit(size: int) -> None:
+    """Raise ``OSError`` where this process may not make a segment of ``size`` bytes."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft != resource.RLIM_INFINITY and size > soft:
+        raise _no_room(errno.EFBIG, size)
+
+
+_REASONS = {
+    errno.EFBIG: "this process may not write so large a file; raise the limit (ulimit -f)",
+    errno.EMFILE: "this process may open no more descriptors; close some, or raise the limit (ulimit -n)",
+    errno.ENOSPC: "there is no memory for it",
+    errno.ENOMEM: "there is no memory for it",
+}
+
+
+def _no_room(number: int, size: int) -> OSError:
+    """What to raise where a segment can't be made."""
+    return OSError(number, f"can't send a message of {size} bytes: {_REASONS.get(number, os.strerror(number))}")
 
 
 def map_whole(fd: int, size: int) -> memoryview:

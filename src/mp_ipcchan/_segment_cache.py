@@ -5,19 +5,22 @@ second time (senders use them again, ``_segment_pool``) is mapped for good, thro
 description of its own, which leases nothing. What is decoded from it lies in that mapping, and holds
 the message's lease by another, of one page that is never touched.
 
-It is told from others by its inode, which no other has while it is mapped, and its size. Inode numbers come from a counter
-of 32 bits that goes round; the last 20 bits of the size are random.
+It is told from others by its inode, which no other has while it is mapped, and its size. Inode numbers
+come from a counter of 32 bits that goes round; the last 20 bits of the size are random.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import resource
+import select
 from collections import OrderedDict
 from typing import Any
 
 from . import _segment
 from ._memory import PAGE, map_shared
+from ._message import Descriptors
 
 #: What is kept at most, for each channel. Memory that the sender has given back isn't free before this is, too.
 _MOST_SEGMENTS = 64
@@ -90,23 +93,34 @@ def _drop_first(entries: OrderedDict[Any, Any]) -> None:
 
 
 class _Mapping:
-    __slots__ = ("_address", "_memory", "_type")
+    __slots__ = ("_address", "_few", "_memory", "_type")
 
     def __init__(self, fd: int, size: int) -> None:
         import ctypes
 
-        again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        again = Descriptors([])
         try:
-            self._memory: mmap.mmap = map_shared(again, size)
+            # Kept by the C call that opens it: a signal's handler may raise behind that.
+            again.fds.extend(map(os.open, (f"/proc/self/fd/{fd}",), (os.O_RDWR | os.O_CLOEXEC,)))
+            self._memory: mmap.mmap = map_shared(again.fds[0], size)
         finally:
-            os.close(again)
+            again.close()
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._type: Any = ctypes.c_ubyte * size
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        #: Up to which descriptor there are plenty left: the kernel gives out the lowest.
+        self._few = 256 if soft == resource.RLIM_INFINITY else soft // 4
 
     def lease(self, fd: int, size: int) -> memoryview:
+        held: list[object] = [self._memory]
+        if fd < self._few:
+            # A descriptor costs less time than a mapping. An epoll object closes any that it is given, and does so
+            # in C when it is collected, as a mapping does: no signal's handler can interrupt that.
+            held += map(select.epoll.fromfd, map(os.dup, (fd,)))
+        else:
+            held.append(map_shared(fd, PAGE))
         loan = self._type.from_address(self._address)
-        # Both go with the last view of it, in C.
-        loan.held = (map_shared(fd, PAGE), self._memory)
+        loan.held = held
         return memoryview(loan).cast("B")[:size]
 
 

@@ -50,6 +50,11 @@ IDLE_AFTER = 1.0
 #: How many segments are asked for whether they are free: the last ones used, whose bytes may still be in the
 #: processor's cache, and then those used longest ago, which are most likely free.
 _LATEST, _ASKED = 3, 8
+#: How long (seconds) a sender whose segments are all lent waits for one: about what a fresh one costs.
+_PATIENCE, _PATIENCE_PER_BYTE = 30e-6, 0.35e-9
+#: After it did so in vain, for how many messages it doesn't: nobody may be reading.
+_IMPATIENT = 32
+_TRY, _LEASE = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 #: How much is copied at a time (bytes): meanwhile no other thread runs.
 _STRETCH = 4 << 20
 
@@ -77,12 +82,15 @@ class _Segment:
         #: Monotonic seconds.
         self.used_at = 0.0
 
-    def is_free(self) -> bool:
-        """Whether no lease is left."""
+    def claim_if_free(self) -> bool:
+        """Take it for this thread alone, which must release the claim, if no lease is left."""
+        if not self.claim.acquire(False):
+            return False
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, _TRY)
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         except OSError:
+            self.claim.release()
             return False
         return True
 
@@ -91,7 +99,7 @@ class _Segment:
         before = len(owned)
         try:
             owned.extend(map(os.open, (self._path,), (os.O_RDWR | os.O_CLOEXEC,)))
-            fcntl.flock(owned[-1], fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(owned[-1], _LEASE)
         except OSError:
             # No /proc, no descriptor left, no memory for a lock. Nobody has a lease: give it away.
             list(map(os.close, map(owned.pop, [-1] * (len(owned) - before))))
@@ -99,27 +107,40 @@ class _Segment:
             return False
         return True
 
-    def fill(self, pieces: Sequence[memoryview]) -> None:
+    def fill(self, pieces: Sequence[Buffer]) -> None:
         """Copy ``pieces`` to the start."""
         if self._view is None:
-            # Not of the lease: a mapping holds it.
-            self._view = memoryview(map_shared(self._fd, self.room))
+            try:
+                # Not of the lease: a mapping holds it.
+                self._view = memoryview(map_shared(self._fd, self.room))
+            except OSError:
+                # No address space for it. It can be done without, if slower.
+                os.lseek(self._fd, 0, os.SEEK_SET)
+                _segment.write(self._fd, pieces)
+                return
         view, at = self._view, 0
         for piece in pieces:
-            for start in range(0, len(piece), _STRETCH):
-                part = piece[start : start + _STRETCH]
-                view[at : at + len(part)] = part
-                at += len(part)
+            for part in (piece,) if len(piece) <= _STRETCH else _stretches(piece):
+                end = at + len(part)
+                view[at:end] = part
+                at = end
+
+
+def _stretches(piece: Buffer) -> Iterator[memoryview]:
+    view = memoryview(piece)
+    return (view[start : start + _STRETCH] for start in range(0, len(view), _STRETCH))
 
 
 class SegmentPool:
     """The segments of one outlet. Safe from several threads."""
 
-    __slots__ = ("_kept", "recycles")
+    __slots__ = ("_impatient", "_kept", "recycles")
 
     def __init__(self) -> None:
         #: In the order in which they were last used.
         self._kept: list[_Segment] = []
+        #: For how many messages not to wait for a segment.
+        self._impatient = 0
         #: Whether a segment may be used again: see above.
         self.recycles: bool = True
 
@@ -147,18 +168,28 @@ class SegmentPool:
 
     def _claim(self, size: int) -> _Segment | None:
         """A free segment that fits, for this thread alone until it releases the claim."""
-        for segment in islice(self._fitting(size), _ASKED):
-            if segment.claim.acquire(False):
-                if segment.is_free():
-                    return segment
-                segment.claim.release()
+        fitting = self._fitting(size)
+        for segment in islice(chain(reversed(fitting[-_LATEST:]), fitting[:-_LATEST]), _ASKED):
+            if segment.claim_if_free():
+                return segment
+        if len(self._kept) < _MOST_PER_CHANNEL or not fitting:
+            return None
+        if self._impatient:
+            self._impatient -= 1
+            return None
+        # The reader is that far behind, and the one lent longest ago is what it is about to be done with. To wait
+        # for it no longer than a fresh segment takes to write is never a loss to speak of, and mostly a gain.
+        ends = time.monotonic() + _PATIENCE + size * _PATIENCE_PER_BYTE
+        while time.monotonic() < ends:
+            if fitting[0].claim_if_free():
+                return fitting[0]
+        self._impatient = _IMPATIENT
         return None
 
-    def _fitting(self, size: int) -> Iterator[_Segment]:
-        fitting = [segment for segment in self._kept if size <= segment.room <= 2 * size]
-        return chain(reversed(fitting[-_LATEST:]), fitting[:-_LATEST])
+    def _fitting(self, size: int) -> list[_Segment]:
+        return [segment for segment in self._kept if size <= segment.room <= 2 * size]
 
-    def _write_new(self, pieces: Sequence[memoryview], size: int, now: float, owned: list[int]) -> None:
+    def _write_new(self, pieces: Sequence[Buffer], size: int, now: float, owned: list[int]) -> None:
         room = _room_for(size)
         if not self.recycles or len(self._kept) >= _MOST_PER_CHANNEL or not _has_room(room):
             _create(pieces, owned)
@@ -237,7 +268,7 @@ def _room_for(size: int) -> int:
     return -(-size // step) * step
 
 
-def _create(pieces: Sequence[memoryview], owned: list[int], room: int = 0) -> None:
+def _create(pieces: Sequence[Buffer], owned: list[int], room: int = 0) -> None:
     """A new segment. Where this process has used up its descriptors, kept segments make way."""
     # What is behind the room is never touched. It makes the size of the file tell it from others (``_segment_cache``).
     size = room + int.from_bytes(os.urandom(3), "little") % _segment.MOST_BEHIND if room else 0

@@ -203,7 +203,7 @@ def test_large_messages(size: int) -> None:
             received = rx.recv(LIMIT)
             assert (len(received.text), received.anything) == (size, number)
         sending.result()
-        assert not tx._open_link().outlet.recycles
+        assert not tx._open_link().outlet.segments.recycles
 
 
 def test_max_size() -> None:

@@ -26,6 +26,7 @@ import enum
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, repeat
+from typing import NamedTuple
 
 from .._message import INLINE_SIZE, KNOWN_KINDS, MAX_BUFFERS, MAX_HANDLES, PLAIN
 from ..errors import ProtocolError
@@ -48,21 +49,15 @@ class FrameKind(enum.IntEnum):
     SHUT = 4
 
 
-class Frame:
+class Frame(NamedTuple):
     """The parsed head of a packet; ``start`` is where its payload begins."""
 
-    # Not a dataclass: the module of these takes as long to import as a third of this package.
-    __slots__ = ("body_size", "flags", "kind", "kinds", "lengths", "start")
-
-    def __init__(
-        self, kind: FrameKind, flags: int, kinds: bytes, lengths: tuple[int, ...], body_size: int, start: int
-    ) -> None:
-        self.kind: FrameKind = kind
-        self.flags: int = flags
-        self.kinds: bytes = kinds
-        self.lengths: tuple[int, ...] = lengths
-        self.body_size: int = body_size
-        self.start: int = start
+    kind: FrameKind
+    flags: int
+    kinds: bytes
+    lengths: tuple[int, ...]
+    body_size: int
+    start: int
 
     @property
     def in_segment(self) -> bool:

@@ -119,7 +119,7 @@ class Spill:
             message = item if isinstance(item, Message) else Message([memoryview(item)[PLAIN_SIZE:]])
             body = b"".join(message.body)
             kinds = bytes(handle.kind for handle in message.handles)
-            begins = record(len(body), [memoryview(b).nbytes for b in message.buffers], kinds)
+            begins = record(len(body), [*map(len, message.buffers)], kinds)
             pieces += (begins, body)
             pieces += message.buffers
             table.append(2 * at + bool(kinds))

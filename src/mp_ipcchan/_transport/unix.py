@@ -7,8 +7,8 @@ because O_NONBLOCK lies in the open file description, which other processes shar
 
 from __future__ import annotations
 
-import array
 import _thread
+import array
 import os
 import socket
 from collections import deque
@@ -42,6 +42,9 @@ PIPE_BUFFER = 212992
 
 # Plain ints: the socket module's flags are enums, whose operators cost more than a system call.
 MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
+
+#: More pieces than this are joined before they are sent (the kernel takes 1024).
+_MOST_PARTS = 64
 
 _SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)
 #: Arguments of ``recvmsg``: one set that waits as long as it takes, one that never does.
@@ -127,27 +130,29 @@ def transmit(sock: socket.socket, item: Outgoing, segments: SegmentPool, noted: 
 
 def _transmit_message(sock: socket.socket, message: Message, segments: SegmentPool, noted: list[object]) -> None:
     kinds = bytes([handle.kind for handle in message.handles])
-    sizes = [memoryview(buffer).nbytes for buffer in message.buffers]
-    body_size = sum(memoryview(piece).nbytes for piece in message.body)
+    sizes = [*map(len, message.buffers)]
+    body_size = sum(map(len, message.body))
     fds = [handle.fileno() for handle in message.handles]
     # What is made here is closed with these two, even if a signal's handler keeps us from doing it.
     segment = Descriptors([])
     thread = _thread.get_ident()
     carrier = None
     flags = 0
-    payload: bytes = b""
+    payload: list[Buffer] = []
     try:
         if HEADER_SIZE + len(kinds) + 8 * len(sizes) + body_size + sum(sizes) > PACKET_SIZE:
             flags |= SEGMENT_FLAG
             _segment_pool.leaving[thread] = segment
             segments.write(message.body, message.buffers, segment.fds)
         else:
-            payload = b"".join((*message.body, *message.buffers))
+            payload = [*message.body, *message.buffers]
+            if len(payload) > _MOST_PARTS:
+                payload = [b"".join(payload)]
         if len(segment.fds) + len(fds) > MAX_IN_PACKET:
             flags |= CARRIER_FLAG
             carrier = load(fds)
             fds = [carrier.fileno()]
-        parts = (head(FrameKind.ENVELOPE, flags, kinds, sizes, body_size), payload)
+        parts = (head(FrameKind.ENVELOPE, flags, kinds, sizes, body_size), *payload)
         noted.extend(map(sock.sendmsg, (parts,), (rights(segment.fds + fds),), (SEND_FLAGS,)))
     finally:
         segment.close()
@@ -168,9 +173,9 @@ def open_packet(packet: Packet, opened: deque[Opened], spent: list[int], segment
     fds = descriptors_in(ancillary)
     if not data and not fds:
         raise EndOfStream
-    if flags & socket.MSG_TRUNC:
-        raise ProtocolError(f"a packet is larger than {PACKET_SIZE} bytes")
-    if flags & socket.MSG_CTRUNC:
+    if flags & CUT:
+        if flags & socket.MSG_TRUNC:
+            raise ProtocolError(f"a packet is larger than {PACKET_SIZE} bytes")
         raise too_many()
     if data.startswith(PLAIN):
         if fds:
