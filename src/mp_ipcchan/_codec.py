@@ -115,7 +115,7 @@ class _Encoder:
         # What is large the pickler writes as it is, and that may have any shape.
         body = [one if one.__class__ is bytes else pickle.PickleBuffer(one).raw() for one in self.pieces]
         message = Message(body, self.buffers[:], self.handles[:])
-        if sum(map(len, self.pieces)) <= _KEEP_BELOW:
+        if sum(map(len, body)) <= _KEEP_BELOW:
             self.pieces.clear()
             self.buffers.clear()
             self.handles.clear()

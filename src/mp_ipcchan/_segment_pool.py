@@ -82,6 +82,11 @@ class _Segment:
         #: Monotonic seconds.
         self.used_at = 0.0
 
+    def abandon(self) -> None:
+        """Close it, though threads that were not forked along may seem to use it."""
+        self._view = None
+        self._fds.close()
+
     def claim_if_free(self) -> bool:
         """Take it for this thread alone, which must release the claim, if no lease is left."""
         if not self.claim.acquire(False):
@@ -288,11 +293,14 @@ def release_all() -> None:
 
 
 def _reset_after_fork() -> None:
-    for thread, descriptors in list(leaving.items()):
+    for thread, descriptors in leaving.items():
         if thread != _thread.get_ident():
             descriptors.close()
     leaving.clear()
-    release_all()
+    for pool in list(_pools):
+        for segment in pool._kept:
+            segment.abandon()
+        pool.close()
 
 
 os.register_at_fork(after_in_child=_reset_after_fork)
