@@ -8,7 +8,9 @@ The data path, which docs/architecture.md explains::
 Modules import only from those above them in this list:
 
     errors                                          what can go wrong
-    _deadline, _message, _segment                   timeouts; messages and their descriptors; shared memory
+    _deadline, _message                             timeouts; messages and their descriptors
+    _memory, _segment, _segment_pool,
+    _segment_cache                                  shared memory: what senders keep of it, and what readers do
     _transport/                                     packets and descriptors over the kernel's sockets
     _codec, _typed_codec                            objects to messages and back: pickle, or checked against a type
     _drainer, _outlet, _inlet, _link                one socket's two halves, shared by all handles on it

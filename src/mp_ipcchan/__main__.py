@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import __version__
 from ._message import CHANNEL_BUFFER, INLINE_SIZE
+from ._segment_pool import MOST_BYTES
 from ._transport import unix
 
 
@@ -33,6 +34,7 @@ def _info() -> str:
         f"    channels and queues ask for {CHANNEL_BUFFER}, pipes for {unix.PIPE_BUFFER};",
         "    a process that ends with unsent messages asks for more than the former",
         f"messages: above {INLINE_SIZE} bytes they travel in memory segments",
+        f"    a process keeps up to {MOST_BYTES >> 20} MiB of them for those that follow, at a descriptor each",
     ]
     if shared:
         lines.append(

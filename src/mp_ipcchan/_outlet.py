@@ -163,10 +163,14 @@ class Outlet:
         # What goes in a segment would be copied for each try.
         if not _LARGE <= len(item) <= INLINE_SIZE:
             return False
-        for _ in range(self._tries):
-            if self.drain() and self.try_send(item, noted):
-                self._tries = _MOST_TRIES
-                return True
+        try:
+            for _ in range(self._tries):
+                if self.drain() and self.try_send(item, noted):
+                    self._tries = _MOST_TRIES
+                    return True
+        except BaseException:
+            _unsent(item)
+            raise
         self._vain_tries = (self._vain_tries + 1) % _TRY_AGAIN
         self._tries = self._tries // 2 if self._vain_tries else _MOST_TRIES
         return False
