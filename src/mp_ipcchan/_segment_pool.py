@@ -52,6 +52,8 @@ IDLE_AFTER = 1.0
 _LATEST, _ASKED = 3, 8
 #: How long (seconds) a sender whose segments are all lent waits for one: about what a fresh one costs.
 _PATIENCE, _PATIENCE_PER_BYTE = 30e-6, 0.35e-9
+#: For how long of that it doesn't sleep, and how long it then sleeps at a time.
+_SPIN = 50e-6
 #: After it did so in vain, for how many messages it doesn't: nobody may be reading.
 _IMPATIENT = 32
 _TRY, _LEASE = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
@@ -80,7 +82,7 @@ class _Segment:
         #: How much it takes (bytes).
         self.room = room
         #: Monotonic seconds.
-        self.used_at = 0.0
+        self.used_at = time.monotonic()
 
     def abandon(self) -> None:
         """Close it, though threads that were not forked along may seem to use it."""
@@ -152,15 +154,19 @@ class SegmentPool:
     def write(self, body: Sequence[Buffer], buffers: Sequence[Buffer], owned: list[int]) -> None:
         """Write a message's bytes into a segment. Its descriptor is appended to ``owned``, to be sent and closed."""
         pieces, size = _segment.arrange(body, buffers)
-        now = time.monotonic()
-        if now >= _look_at:
-            give_back(now)
+        room = _room_for(size)
         segment = self._claim(size)
         try:
+            # Only now, or one that comes seldom would never find its segment.
+            _look_for_unused(segment)
             if segment is None:
-                self._write_new(pieces, size, now, owned)
-                return
-            segment.used_at = now
+                if self.recycles and len(self._kept) < _MOST_PER_CHANNEL and _has_room(room):
+                    self._write_new(pieces, room, owned)
+                    return
+                segment = self._await_free(size)
+                if segment is None:
+                    _create(pieces, owned)
+                    return
             if segment.lend(owned):
                 self._move_last(segment)
             else:
@@ -177,28 +183,32 @@ class SegmentPool:
         for segment in islice(chain(reversed(fitting[-_LATEST:]), fitting[:-_LATEST]), _ASKED):
             if segment.claim_if_free():
                 return segment
-        if len(self._kept) < _MOST_PER_CHANNEL or not fitting:
+        return None
+
+    def _await_free(self, size: int) -> _Segment | None:
+        """As ``_claim``, but wait for the segment lent longest ago, which the reader is about to be done with.
+
+        No longer than a fresh one takes to write: that is never a loss to speak of, and mostly a gain.
+        """
+        fitting = self._fitting(size)
+        if not fitting or self._impatient:
+            self._impatient = max(0, self._impatient - 1)
             return None
-        if self._impatient:
-            self._impatient -= 1
-            return None
-        # The reader is that far behind, and the one lent longest ago is what it is about to be done with. To wait
-        # for it no longer than a fresh segment takes to write is never a loss to speak of, and mostly a gain.
-        ends = time.monotonic() + _PATIENCE + size * _PATIENCE_PER_BYTE
-        while time.monotonic() < ends:
+        began = now = time.monotonic()
+        while now < began + _PATIENCE + size * _PATIENCE_PER_BYTE:
             if fitting[0].claim_if_free():
                 return fitting[0]
+            if now > began + _SPIN:
+                time.sleep(_SPIN)
+            now = time.monotonic()
         self._impatient = _IMPATIENT
         return None
 
     def _fitting(self, size: int) -> list[_Segment]:
         return [segment for segment in self._kept if size <= segment.room <= 2 * size]
 
-    def _write_new(self, pieces: Sequence[Buffer], size: int, now: float, owned: list[int]) -> None:
-        room = _room_for(size)
-        if not self.recycles or len(self._kept) >= _MOST_PER_CHANNEL or not _has_room(room):
-            _create(pieces, owned)
-            return
+    def _write_new(self, pieces: Sequence[Buffer], room: int, owned: list[int]) -> None:
+        """Write into a new segment, and keep it."""
         made = Descriptors([])
         try:
             _create(pieces, made.fds, room)
@@ -208,7 +218,6 @@ class SegmentPool:
             _create(pieces, owned)
             return
         segment = _Segment(made, room)
-        segment.used_at = now
         if segment.lend(owned):
             self._kept.append(segment)
             _pools[self] = None
@@ -249,6 +258,15 @@ class SegmentPool:
 def is_empty() -> bool:
     """Whether this process keeps no segments."""
     return not _pools
+
+
+def _look_for_unused(used: _Segment | None) -> None:
+    """Now and then, let go of what isn't used; ``used`` just was."""
+    now = time.monotonic()
+    if used is not None:
+        used.used_at = now
+    if now >= _look_at:
+        give_back(now)
 
 
 def give_back(now: float) -> None:

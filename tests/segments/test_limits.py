@@ -121,7 +121,7 @@ def _end_with_more_than_a_file(tx: Sender[Any], count: int) -> None:
 
 
 def test_end_of_a_process_that_may_not_write_large_files() -> None:
-    """What waits is more than one file may hold: it goes in several, nobody reads, and the process ends all the same."""
+    """What waits is more than a file may hold: it goes in several, nobody reads, the process ends all the same."""
     tx, rx = channel()
     with rx:
         with started(context_of("fork"), _end_with_more_than_a_file, tx, 20):

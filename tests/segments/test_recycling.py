@@ -80,7 +80,7 @@ def test_slices_keep_the_segment(pair: tuple[Sender[Any], Receiver[Any]]) -> Non
 
 
 def test_received_arrays_are_writable_and_aligned(pair: tuple[Sender[Any], Receiver[Any]]) -> None:
-    """All buffers of a message lie in one segment, each on a cache line of its own; writing doesn't reach the sender."""
+    """Each buffer of a message begins on a cache line of its own; writing to it doesn't reach the sender."""
     tx, rx = pair
     for _ in range(4):
         sent = [np.full(40_000 + number, number, np.uint8) for number in range(20)]
