@@ -212,7 +212,8 @@ def _open_envelope(
         body = view[: frame.body_size]
         buffers = [view[start : start + length] for start, length in zip(offsets, frame.lengths, strict=True)]
     else:
-        body, *rest = (data[where] for where in slices(frame.start, (frame.body_size, *frame.lengths)))
+        view = memoryview(data)
+        body, *rest = (view[where] for where in slices(frame.start, (frame.body_size, *frame.lengths)))
         buffers = [bytearray(buffer) for buffer in rest]
     spent += fds[: frame.in_segment + frame.in_carrier]
     opened.extend(map(Parcel, (body,), (buffers,), (frame.kinds,), (inside,)))
