@@ -212,9 +212,14 @@ class Inlet:
                 return True
             if wait_for(self._sock.fileno(), select.POLLIN, ends, *self._others()):
                 return False
-            self.segments.clear()
-            _segment_pool.give_back(time.monotonic())
+            self._give_back()
         return True
+
+    def _give_back(self) -> None:
+        """Nothing has come for a while: let go of memory that wasn't used for long."""
+        now = time.monotonic()
+        self.segments.give_back(now - _segment_pool.IDLE_AFTER)
+        _segment_pool.give_back(now)
 
     def keep(self, box: list[Packet]) -> None:
         """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
@@ -299,7 +304,10 @@ class Inlet:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
         if (self.ready or self.inbox) and self.holding:
             return True
-        return not self._rest(deadline) or wait_for(self._sock.fileno(), select.POLLIN, deadline, *self._others())
+        if not self._rest(deadline) or wait_for(self._sock.fileno(), select.POLLIN, deadline, *self._others()):
+            return True
+        self._give_back()
+        return False
 
     def _others(self) -> tuple[int, ...]:
         """What else messages come from."""

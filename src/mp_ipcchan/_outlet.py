@@ -228,7 +228,9 @@ class Outlet:
         Raises ``OSError``, and ``item`` does not wait, where nobody could be got to send it.
         """
         if isinstance(item, Message):
-            check_limit(len(item))
+            if len(item) > INLINE_SIZE // 2:
+                # It may need a segment. Better now than when it is its turn, and others wait behind it.
+                check_limit(len(item))
             item.own()
         with self.lock:
             # First somebody who sends it: an item that waits must never be without.

@@ -15,6 +15,7 @@ import mmap
 import os
 import resource
 import select
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -34,9 +35,11 @@ _Key = tuple[int, int]
 class SegmentCache:
     """The segments of one inlet. Safe from several threads."""
 
-    __slots__ = ("_mapped", "_seen")
+    __slots__ = ("_mapped", "_seen", "_used_at")
 
     def __init__(self) -> None:
+        #: Monotonic seconds.
+        self._used_at = 0.0
         self._mapped: OrderedDict[_Key, _Mapping] = OrderedDict()
         self._seen: OrderedDict[_Key, None] = OrderedDict()
 
@@ -47,6 +50,7 @@ class SegmentCache:
         """
         status = os.fstat(fd)
         key = (status.st_ino, status.st_size)
+        self._used_at = time.monotonic()
         mapping = self._mapped.get(key)
         if mapping is None or status.st_size < size:
             _segment.check(fd, size, status.st_size)
@@ -79,6 +83,11 @@ class SegmentCache:
     @property
     def is_empty(self) -> bool:
         return not self._mapped
+
+    def give_back(self, unused_since: float) -> None:
+        """Let go of all mappings, if none was used since then (monotonic seconds)."""
+        if self._mapped and self._used_at <= unused_since:
+            self.clear()
 
     def clear(self) -> None:
         self._mapped.clear()
