@@ -14,7 +14,7 @@ import pytest
 from mp_ipcchan import Receiver, Sender, SimpleQueue, _segment, channel
 
 from ..conformance._support import LIMIT, pattern
-from ..processes._support import context_of, join, running, started
+from ..processes._support import context_of, running, started
 from ._support import KIB, MIB, array, check, in_child, kept
 
 SIZE = 100 * KIB
@@ -212,9 +212,9 @@ def check_window(count: int, nbytes: int, window: int) -> None:
     queue = context.SimpleQueue()
     with running(context.Process(target=_train, args=(queue, count, nbytes, window))) as consumer:
         with running(context.Process(target=_load, args=(queue, count, nbytes))) as producer:
-            join(producer)
-            consumer.join(10 * LIMIT)
-            assert consumer.exitcode == 0
+            for process in (producer, consumer):
+                process.join(10 * LIMIT)
+                assert process.exitcode == 0
     queue.close()
 
 
