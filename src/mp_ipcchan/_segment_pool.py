@@ -55,7 +55,7 @@ _PATIENCE, _PATIENCE_PER_BYTE = 30e-6, 0.35e-9
 #: For how long of that it doesn't sleep, and how long it then sleeps at a time.
 _SPIN = 50e-6
 #: After it did so in vain, for how many messages it doesn't: nobody may be reading.
-_IMPATIENT = 32
+_IMPATIENT = 8
 _TRY, _LEASE = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 #: How much is copied at a time (bytes): meanwhile no other thread runs.
 _STRETCH = 4 << 20
