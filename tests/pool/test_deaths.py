@@ -247,7 +247,9 @@ def test_memory_that_is_kept_between_tasks() -> None:
     context: Any = multiprocessing.get_context("ipcchan_fork")
     from mp_ipcchan._resident import resident
 
-    with ProcessPoolExecutor(1, context, max_memory_per_child=resident() + (200 << 20)) as executor:
+    with ProcessPoolExecutor(1, context) as executor:
+        size = executor.submit(resident).result(LIMIT)
+    with ProcessPoolExecutor(1, context, max_memory_per_child=size + (200 << 20)) as executor:
         pids = [executor.submit(tasks.leak, 40).result(LIMIT) for _ in range(9)]
     assert len(set(pids)) == 3
 

@@ -28,7 +28,7 @@ from mp_ipcchan import (
     bytes_channel,
     channel,
 )
-from mp_ipcchan._message import INLINE_SIZE, PLAIN, HandleKind
+from mp_ipcchan._message import INLINE_SIZE, PACKET_SIZE, PLAIN, HandleKind
 from mp_ipcchan._segment import create_blank
 from mp_ipcchan._transport._frame import CARRIER_FLAG, SEGMENT_FLAG, FrameKind, head, pack, record
 from mp_ipcchan._typed_codec import codec_of
@@ -267,7 +267,7 @@ LIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "a receiver without a word": ({"receiver": place(0, 0, 1)}, [RECEIVER]),
     "a receiver of nonsense": ({"receiver": place(0, 0, 1, [1, 2])}, [RECEIVER]),
     "a receiver of no frames": ({"receiver": place(0, 0, 1, [b"nonsense"])}, [RECEIVER]),
-    "a receiver of large frames": ({"receiver": place(0, 0, 1, [PLAIN + bytes(65536)])}, [RECEIVER]),
+    "a receiver of large frames": ({"receiver": place(0, 0, 1, [PLAIN + bytes(PACKET_SIZE)])}, [RECEIVER]),
     "a receiver of buffers": ({"receiver": place(0, 0, 1, [(b"", [b""] * 1025, b"")])}, [RECEIVER]),
     "a receiver of kinds": ({"receiver": place(0, 0, 2, [(b"", [], b"\xff")])}, [RECEIVER, FILE]),
     "a file as a receiver of messages": ({"receiver": place(0, 0, 2, [(b"", [], b"\x04")])}, [FILE, FILE]),

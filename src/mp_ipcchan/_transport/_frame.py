@@ -165,15 +165,12 @@ def unpack(frame: Frame, packet: bytes) -> list[bytes]:
 SHUT = head(FrameKind.SHUT, 0, b"", (), 0)
 
 
-class Record:
+class Record(NamedTuple):
     """The head of one message in a spill. A table of ``table_size`` bytes follows, then body and buffers."""
 
-    __slots__ = ("body_size", "buffers", "handles")
-
-    def __init__(self, body_size: int, handles: int, buffers: int) -> None:
-        self.body_size: int = body_size
-        self.handles: int = handles
-        self.buffers: int = buffers
+    body_size: int
+    handles: int
+    buffers: int
 
     @property
     def table_size(self) -> int:
