@@ -42,7 +42,7 @@ _MOST_IN_A_RUN = 64
 _BUSY = 8
 #: From which size (bytes) on a message is worth some tries, how many, about two microseconds each, and after
 #: how many times in vain as many again.
-_LARGE, _MOST_TRIES, _TRY_AGAIN = 16384, 16, 32
+LARGE, _MOST_TRIES, _TRY_AGAIN = 16384, 16, 32
 #: How long to wait (seconds) where the kernel can't tell when to try again.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
@@ -161,7 +161,7 @@ class Outlet:
         where that was in vain, nobody may be reading. Returns and raises what ``try_send`` does.
         """
         # What goes in a segment would be copied for each try.
-        if not _LARGE <= len(item) <= INLINE_SIZE:
+        if not LARGE <= len(item) <= INLINE_SIZE:
             return False
         try:
             for _ in range(self._tries):
@@ -227,27 +227,29 @@ class Outlet:
 
         Raises ``OSError``, and ``item`` does not wait, where nobody could be got to send it.
         """
-        if isinstance(item, Message):
-            if len(item) > INLINE_SIZE // 2:
+        size = len(item)
+        if item.__class__ is not bytes:
+            assert isinstance(item, Message)
+            if size > INLINE_SIZE // 2:
                 # It may need a segment. Better now than when it is its turn, and others wait behind it.
-                check_limit(len(item))
+                check_limit(size)
             item.own()
         with self.lock:
             # First somebody who sends it: an item that waits must never be without.
-            served = bool(self.backlog) or _drainer.add(self)
+            served = self.backlog or _drainer.add(self)
             if accepted is None:
                 self.backlog.append(item)
             else:
                 accepted.extend(map(self.backlog.append, (item,)))
-            self._waiting += len(item)
+            self._waiting += size
             if not served:
                 self.spill()
             elif self._waiting >= self._retry_at:
                 # The sender lends a hand, or it would keep the interpreter to itself while the reader starves. Where
                 # messages are packed it leaves the last: what it sends next then waits for the next pack, and doesn't
-                # cost a packet each. When it stops, the thread sends what is left.
+                # cost a packet each. When it stops, the thread sends what is left. Large ones gain nothing by that.
                 try:
-                    self.drain(leave=1 if self.packs else 0)
+                    self.drain(leave=1 if self.packs and size < _STEP else 0)
                 except OSError:
                     # The receiver is gone; the next ``send`` will say so.
                     pass

@@ -13,7 +13,7 @@ from ._interrupt import raised_by_handler
 from ._link import Link
 from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
 from ._opaque import OpaqueSender, Origin
-from ._outlet import PACK_SIZE
+from ._outlet import LARGE, PACK_SIZE
 from ._transport.unix import SEND_FLAGS
 from ._typed_codec import TypedCodec
 from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError
@@ -60,14 +60,16 @@ class SenderBase(Endpoint, Generic[T_contra]):
             if timeout is None:
                 if item.__class__ is not bytes:
                     outlet.send(item)
-                elif outlet.backlog:
-                    outlet.defer(item)
-                else:
+                elif not outlet.backlog:
                     # The usual case, without further calls.
                     try:
                         outlet.send_raw(item, SEND_FLAGS)
                     except BlockingIOError:
                         outlet.send(item)
+                elif len(item) < LARGE:
+                    outlet.defer(item)
+                else:
+                    outlet.send(item)
                 return
             sent = outlet.send_by(item, deadline_in(timeout))
         except (BrokenPipeError, ConnectionResetError) as error:
