@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import _codec
-from ._inlet import Inlet
-from ._interrupt import raised_by_handler
+from ._inlet import Inlet, Spill
+from ._interrupt import ATTEMPTS, raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
 from ._transport.unix import CUT, Packet
 from .errors import Empty, ProtocolError, ShutDown
@@ -97,7 +97,6 @@ class Delivery:
         """
         incoming: Incoming | None = None
         packet: Packet | None = None
-        box: list[Packet] = []
         decoding = late = False
         obj: Any = _NOTHING
         try:
@@ -117,8 +116,8 @@ class Delivery:
                             late = self._comes_late()
                         data, ancillary, flags, _ = packet  # type: ignore[misc]
                         if ancillary or flags & CUT or late or not data.startswith(PLAIN):
-                            box, packet = [packet], None  # type: ignore[list-item]
-                            inlet.keep(box)
+                            inlet.inbox += (packet,)  # type: ignore[arg-type]
+                            packet = None
                         else:
                             incoming = data
                             decoding = True
@@ -128,7 +127,7 @@ class Delivery:
                                 # No call in it, so neither a handler nor another thread comes between.
                                 entries[entry] += 1
                     except (BlockingIOError, ConnectionResetError):
-                        if packet is not None or box:
+                        if packet is not None:
                             raise
                 if incoming is None:
                     incoming = self._take(block, deadline)
@@ -145,23 +144,43 @@ class Delivery:
                     lock.release()
         except BaseException as error:
             if incoming is None:
-                inlet.keep(box if packet is None else [packet])
+                if packet is not None:
+                    # Without a call: at the next one, another handler may follow.
+                    inlet.inbox += (packet,)
                 raise
-            if self._is_undecodable(inlet, incoming, error, decoding and obj is _NOTHING):
+            decoding = decoding and obj is _NOTHING
+            try:
+                undecodable = self._is_undecodable(inlet, incoming, error, decoding)
+            except BaseException:
+                # That other handler, before anything was done.
+                undecodable = self._is_undecodable(inlet, incoming, error, decoding)
+            if undecodable:
                 # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
                 self._report(error)  # type: ignore[arg-type]
             raise
         return obj
 
     def _is_undecodable(self, inlet: Inlet, incoming: Incoming, error: BaseException, decoding: bool) -> bool:
-        """Whether ``error`` is what decoding ``incoming`` raised."""
-        undecodable = decoding and isinstance(error, Exception) and not raised_by_handler(error)
-        if undecodable or not is_intact(incoming):
-            # Some of its descriptors may have been handed out already.
-            self._taken()
-        else:
-            inlet.put_back(incoming)
-            self._left()
+        """Whether ``error`` is what decoding ``incoming`` raised. If not, the message is put back."""
+        held: list[Incoming | Spill] = [incoming]
+        counted = undecodable = False
+        for _ in ATTEMPTS:
+            try:
+                undecodable = decoding and isinstance(error, Exception) and not raised_by_handler(error)
+                if undecodable or not is_intact(incoming):
+                    # Some of its descriptors may have been handed out already.
+                    if not counted:
+                        self._taken()
+                        counted = True
+                else:
+                    inlet.take_back(held)
+                    if not counted:
+                        self._left()
+                        counted = True
+                break
+            except BaseException:
+                # Another handler; what it interrupted is done again, if it hasn't been.
+                continue
         return undecodable
 
     def _deliver_many(self, inlet: Inlet, most: int, deadline: float | None, lock: Lock | None = None) -> list[Any]:

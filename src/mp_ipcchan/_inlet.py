@@ -139,11 +139,20 @@ class Inlet:
                 # ahead of what that peer sent before; only the empty packet is the end.
                 continue
             except BaseException as error:
-                if box or opened:
-                    self._rescue(box, opened, spent, error)
+                # A signal's handler, most likely, and at the first call in here another may follow: so first what
+                # was interrupted is kept, without a call.
+                if opened:
+                    self.ready += opened  # type: ignore[arg-type]
+                    close_all(spent)
+                elif box:
+                    self.inbox += box
+                    if isinstance(error, (EndOfStream, OSError)) and not raised_by_handler(error):
+                        self._discard(box[0])
                 elif isinstance(error, IndexError):
                     # Another thread was faster.
                     continue
+                if self.waker and self.holding:
+                    self.waker.set()
                 raise
             if self.waker:
                 self.waker.set()
@@ -221,21 +230,13 @@ class Inlet:
         self.segments.give_back(now - _segment_pool.IDLE_AFTER)
         _segment_pool.give_back(now)
 
-    def keep(self, box: list[Packet]) -> None:
-        """Let the packet in ``box``, if any, be the first that ``take`` opens; it leaves the box as it gets there."""
-        self.inbox.extend(map(box.pop, (0,) * len(box)))
-
-    def _rescue(self, box: list[Packet], opened: deque[Opened], spent: list[int], error: BaseException) -> None:
-        """Keep what a signal's handler interrupted for the next call; close a packet that is no good."""
-        if opened:
-            close_all(spent)
-            self.put_back(*(one for one in opened if not isinstance(one, ShutMark)))
-        elif isinstance(error, (EndOfStream, OSError)) and not raised_by_handler(error):
-            close_packet(box[0])
-        else:
-            self.inbox.append(box[0])
-            if self.waker:
-                self.waker.set()
+    def _discard(self, packet: Packet) -> None:
+        """Drop a packet that can't be opened; it was kept for the case that it can."""
+        try:
+            self.inbox.remove(packet)
+        except ValueError:  # another thread is at it
+            return
+        close_packet(packet)
 
     def _take_ready(self) -> Incoming:
         """The oldest of the messages that wait here. ``IndexError`` where there is none after all."""
@@ -296,7 +297,11 @@ class Inlet:
 
     def put_back(self, *messages: Incoming | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
-        self.ready.extendleft(reversed(messages))
+        self.take_back(list(messages))
+
+    def take_back(self, messages: list[Incoming | Spill]) -> None:
+        """As ``put_back``, for a list, which they leave as they get there: interrupted, it can be called again."""
+        self.ready.extendleft(starmap(messages.pop, repeat((), len(messages))))
         if self.waker and self.ready:
             self.waker.set()
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import signal
 from types import CodeType
+from typing import Final
+
+#: How often to try to rescue what a handler has interrupted, as another may interrupt that.
+ATTEMPTS: Final = range(64)
 
 
 def raised_by_handler(error: BaseException) -> bool:

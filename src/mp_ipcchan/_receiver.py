@@ -43,7 +43,12 @@ class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
                 try:
                     obj = self._loads(ready.popleft())  # type: ignore[arg-type]
                 except BaseException as error:
-                    if self._is_undecodable(inlet, first, error, True):
+                    try:
+                        undecodable = self._is_undecodable(inlet, first, error, True)
+                    except BaseException:
+                        # Another signal's handler, before anything was done.
+                        undecodable = self._is_undecodable(inlet, first, error, True)
+                    if undecodable:
                         self._report(error)  # type: ignore[arg-type]
                     raise
                 return obj  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from itertools import chain, starmap
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -627,6 +628,42 @@ def test_S14_interrupted_receive_loses_nothing(make_pair: MakePair, size: int, c
     assert sorted(set(range(count)) - set(numbers)) == [], "messages were lost"
     assert numbers == list(range(count))
     assert all(data == message(number) for number, data in enumerate(received))
+
+
+@no_promise_on_310
+@interrupted
+@all_kinds
+def test_S14_handlers_one_after_another(make_pair: MakePair) -> None:
+    """One that raises, and the next that raises while that is seen to: beside a busy thread, time passes quickly."""
+    count = 200_000
+    tx, rx = make_pair()
+    receiving = type(rx).recv.__code__
+
+    def send_all() -> None:
+        with tx:
+            for number in range(count):
+                tx.send(number.to_bytes(8, "little"))
+
+    def interrupt() -> None:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code is receiving:
+                raise Interrupted
+            frame = frame.f_back
+
+    received: list[bytes] = []
+    with rx:
+        sending = InThread(send_all)
+        with calling_often(interrupt, 0.0003):
+            for _ in attempts():
+                try:
+                    received.extend(map(rx.recv, (LIMIT,)))
+                except Interrupted:
+                    pass
+                except Disconnected:
+                    break
+        sending.result()
+    assert received == [number.to_bytes(8, "little") for number in range(count)]
 
 
 @no_promise_on_310
