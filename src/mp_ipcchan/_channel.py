@@ -13,11 +13,20 @@ from typing import Any, TypeVar, overload
 from . import _codec
 from ._endpoint import ReceivingEnd
 from ._link import Link, LinkHandle
-from ._message import CHANNEL_BUFFER, Descriptors, Handle, HandleKind, Incoming, Parcel
+from ._message import (
+    CHANNEL_BUFFER,
+    Descriptors,
+    Handle,
+    HandleKind,
+    Incoming,
+    MovingHandle,
+    Parcel,
+    ParcelHandle,
+    release_all,
+)
 from ._opaque import OpaqueReceiver, OpaqueSender, Origin
 from ._receiver import BytesReceiver, Receiver, ReceiverBase
 from ._sender import BytesSender, Sender, SenderBase
-from ._transport.unix import close_all
 from ._typed_codec import MAX_SIZE, codec_of
 from .errors import ProtocolError
 
@@ -72,16 +81,21 @@ def _describe(endpoint: SenderBase[Any] | ReceiverBase[Any] | OpaqueSender | Opa
 
 
 def _origin(name: str, typed: tuple[Any, int] | None, fds: list[int]) -> Origin:
-    """The origin that was described. Where that raises, ``fds`` are closed."""
+    """The origin that was described. Where that raises, ``fds`` are let go of."""
     try:
         return Origin(_CLASSES[name], None if typed is None else codec_of(*typed))
     except BaseException:
-        close_all(fds)
+        release_all(fds)
         raise
 
 
 def _pack_sender(sender: SenderBase[Any] | OpaqueSender) -> _codec.Packed:
-    return _rebuild_sender, _describe(sender), [LinkHandle(HandleKind.SENDER, sender._open_link())]
+    return _rebuild_sender, _describe(sender), [copying_handle(sender)]
+
+
+def copying_handle(sender: SenderBase[Any] | OpaqueSender) -> Handle:
+    link = sender._open_link()
+    return link.lend(sender) or LinkHandle(HandleKind.SENDER, link)
 
 
 def sending_link(kinds: bytes, fds: list[int]) -> Link:
@@ -122,25 +136,7 @@ class _MovingHandle:
         self._link.inlet.put_back(*self._waiting)
         self._receiver._restore(self._link)
 
-
-class _ParcelHandle:
-    """A descriptor in a message that waits in a receiver which moves."""
-
-    __slots__ = ("_fd", "_parcel", "kind")
-
-    def __init__(self, parcel: Parcel, kind: int, fd: int) -> None:
-        self.kind = HandleKind(kind)
-        self._parcel = parcel
-        self._fd = fd
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def sent(self) -> None:
-        self._parcel.close()
-
-    def unsent(self) -> None:
-        pass
+    arrive = unsent
 
 
 def pack_receiver(receiver: ReceiverBase[Any] | OpaqueReceiver) -> _codec.Packed:
@@ -149,11 +145,15 @@ def pack_receiver(receiver: ReceiverBase[Any] | OpaqueReceiver) -> _codec.Packed
     return _rebuild_receiver, (*described, waiting), handles
 
 
-def detach(receiver: ReceivingEnd) -> tuple[list[object], list[Handle]]:
+def detach(receiver: ReceivingEnd) -> tuple[list[object], list[MovingHandle]]:
     """Claim a receiver for a message: what waits in it, as plain objects, and the descriptors of it all."""
     link = receiver._claim()
+    lent = link.lend(receiver)
+    if lent is not None:
+        # What waits in it follows it.
+        return [], [lent]
     waiting: list[Incoming] = []
-    handles: list[Handle] = [_MovingHandle(receiver, link, waiting)]
+    handles: list[MovingHandle] = [_MovingHandle(receiver, link, waiting)]
     described: list[object] = []
     try:
         waiting += link.inlet.unload()
@@ -162,9 +162,7 @@ def detach(receiver: ReceivingEnd) -> tuple[list[object], list[Handle]]:
                 described.append(message)
             else:
                 described.append((bytes(message.body), [bytes(one) for one in message.buffers], message.kinds))
-                handles += [
-                    _ParcelHandle(message, *pair) for pair in zip(message.kinds, message.filenos(), strict=True)
-                ]
+                handles += [ParcelHandle(message, *pair) for pair in zip(message.kinds, message.filenos(), strict=True)]
     except BaseException:
         handles[0].unsent()
         raise
@@ -177,8 +175,8 @@ def attach(
     """The receiver that was detached. Owns ``fds``; ``ProtocolError`` where they are not what ``waiting`` says."""
     _codec.expect((HandleKind.RECEIVER, *kinds[1:]), kinds, fds)
     own = b"".join(one[2] for one in waiting if not isinstance(one, bytes))
-    if own != kinds[1:]:
-        close_all(fds)
+    if own != kinds[1:] or not all(isinstance(fd, int) for fd in fds[1:]):
+        release_all(fds)
         raise ProtocolError("a receiver was sent with other descriptors than the messages in it have")
     of_messages = Descriptors(fds[1:])
     try:

@@ -24,7 +24,7 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from ._message import INLINE_SIZE, MAX_BUFFERS, PLAIN, Handle, Message, Outgoing, Parcel
+from ._message import INLINE_SIZE, MAX_BUFFERS, PLAIN, Handle, Message, Outgoing, Parcel, release_all
 from .errors import ProtocolError
 
 PROTOCOL = 5
@@ -210,10 +210,9 @@ def rebuilds(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def expect(wanted: Sequence[int], kinds: bytes, fds: list[int]) -> list[int]:
-    """``fds``, if they are of the kinds that are wanted; else they are closed and ``ProtocolError`` is raised."""
+    """``fds``, if they are of the kinds that are wanted; else they are let go of and ``ProtocolError`` is raised."""
     if list(kinds) != list(wanted):
-        for fd in fds:
-            os.close(fd)
+        release_all(fds)
         raise ProtocolError(f"an object was sent with descriptors of kinds {list(kinds)}, it takes {list(wanted)}")
     return fds
 

@@ -13,6 +13,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import parent_process, util
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ _wake = -1
 #: Descriptors kept, as long as there is a thread, for the last packets of a process that has used up all others.
 _reserve: list[int] = []
 _RESERVED = 4
+#: Called when a process ends, before what waits is sent: there may be more, waiting elsewhere.
+before_rest: list[Callable[[], None]] = []
 #: Set when the interpreter ends: from then on what can't be sent at once goes as a last packet.
 _ending = False
 
@@ -167,15 +170,22 @@ def _writable(fds: dict[int, Outlet]) -> list[int]:
 
 def send_rest() -> None:
     """What waits leaves now, in one packet a channel."""
+    _collect_rest()
     with _lock:
         outlets = list(_waiting)
     for outlet in outlets:
         outlet.spill()
 
 
+def _collect_rest() -> None:
+    for collect in before_rest:
+        collect()
+
+
 def _end() -> None:
     """When the interpreter ends, or a child's target has: before its own children are joined, who may wait for it."""
     global _ending
+    _collect_rest()
     # A child of multiprocessing goes on to wait for its threads, and sends what they add when it really ends.
     _ending = parent_process() is None
     send_rest()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _codec
 from ._link import Closable, Link
+from ._message import MovingHandle
 from .errors import EndpointClosed, EndpointMoved
 
 if TYPE_CHECKING:
@@ -39,6 +41,11 @@ class Endpoint:
         link = self._open_link()
         self._link, self._moved = None, True
         return link
+
+    def _moving(self) -> Sequence[MovingHandle]:
+        """What must be told when this is given to a forked child."""
+        lent = self._open_link().lend(self)
+        return () if lent is None else (lent,)
 
     def close(self) -> None:
         """Give this handle up. Closing twice, or after a move, does nothing."""

@@ -72,12 +72,18 @@ class Inlet:
         "waker",
     )
 
+    #: Has what comes for several inlets handed out to them; none where each has a source of its own.
+    hand_out: Callable[[], object] | None = None
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.recvmsg: Callable[[int, int, int], Packet] = sock.recvmsg
         #: Receives a packet at each step, now, and has no end: ``BlockingIOError`` where there is none. ``for packet in
         #: packets: break`` receives and stores in one C call, and faster than by calling anything.
         self.packets: Iterator[Packet] = starmap(sock.recvmsg, repeat(AT_ONCE))
+        self._begin()
+
+    def _begin(self) -> None:
         #: Packets of interrupted calls, as received.
         self.inbox: deque[Packet] = deque()
         #: Messages that wait here, the oldest first. A Spill stands for all that it still holds.
@@ -162,8 +168,8 @@ class Inlet:
         while True:
             taken = self.take(wait)
             # Asked without a call: a signal's handler that raises here would lose the message.
-            if taken.__class__ is bytes or taken.__class__ is Parcel:
-                return taken
+            if taken.__class__ is not Spill and taken.__class__ is not ShutMark:
+                return taken  # type: ignore[return-value]
             if isinstance(taken, ShutMark):
                 raise ProtocolError("a packet for queues came through a channel or pipe")
             self.put_back(taken)
@@ -205,10 +211,13 @@ class Inlet:
                 continue
             self._looks = _MOST_LOOKS
             return box
-        self._vain_looks = (self._vain_looks + 1) % _LOOK_AGAIN
-        self._looks = self._looks // 2 if self._vain_looks else _MOST_LOOKS
+        self._looked_in_vain()
         self._rest(None)
         return [*starmap(self.recvmsg, (WAITING,))]
+
+    def _looked_in_vain(self) -> None:
+        self._vain_looks = (self._vain_looks + 1) % _LOOK_AGAIN
+        self._looks = self._looks // 2 if self._vain_looks else _MOST_LOOKS
 
     def _rest(self, deadline: float | None) -> bool:
         """Wait for a packet, and give back the memory that this process has kept if none comes for a while.
@@ -219,7 +228,7 @@ class Inlet:
             ends = time.monotonic() + _segment_pool.IDLE_AFTER
             if deadline is not None and deadline <= ends:
                 return True
-            if wait_for(self._sock.fileno(), select.POLLIN, ends, *self._others()):
+            if self._await(ends):
                 return False
             self._give_back()
         return True
@@ -309,14 +318,15 @@ class Inlet:
         """Wait until ``take`` would not block; False at the deadline (monotonic seconds)."""
         if (self.ready or self.inbox) and self.holding:
             return True
-        if not self._rest(deadline) or wait_for(self._sock.fileno(), select.POLLIN, deadline, *self._others()):
+        if not self._rest(deadline) or self._await(deadline):
             return True
         self._give_back()
         return False
 
-    def _others(self) -> tuple[int, ...]:
-        """What else messages come from."""
-        return () if self.front is None else (self.front.fileno(),)
+    def _await(self, deadline: float | None) -> bool:
+        """Wait until something comes from elsewhere; False at the deadline."""
+        others = () if self.front is None else (self.front.fileno(),)
+        return wait_for(self._sock.fileno(), select.POLLIN, deadline, *others)
 
     @property
     def holding(self) -> bool:
@@ -342,6 +352,10 @@ class Inlet:
             if self.holding:
                 self.waker.set()
         return self.waker.epoll.fileno()
+
+    def source(self) -> int:
+        """A descriptor for those who ask for ``holding``, too: it tells of what comes from elsewhere."""
+        return self._sock.fileno()
 
     def unload(self) -> list[Incoming]:
         """Take out all that waits here, for a receiver that moves."""

@@ -10,12 +10,15 @@ import os
 import socket
 import threading
 import weakref
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ._inlet import Inlet
-from ._message import HandleKind
+from ._message import HandleKind, MovingHandle
 from ._outlet import Outlet
 from ._transport import unix
+
+if TYPE_CHECKING:
+    from ._endpoint import Endpoint
 
 #: Reentrant: a finaliser may release a link while this thread registers another.
 _lock = threading.RLock()
@@ -63,12 +66,21 @@ class Link:
             return cls(sock, inode)
 
     @classmethod
-    def adopt(cls, fd: int) -> Link:
-        """As ``of``, for a descriptor that was received. ``ProtocolError`` where it is no socket of ours."""
-        return cls.of(unix.adopt(fd))
+    def adopt(cls, brought: int | Link) -> Link:
+        """As ``of``, for a descriptor that was received. ``ProtocolError`` where it is no socket of ours.
+
+        A link that came in its place (see ``lend``) is the caller's as it is.
+        """
+        return brought if isinstance(brought, Link) else cls.of(unix.adopt(brought))
 
     def fileno(self) -> int:
         return self.sock.fileno()
+
+    def lend(self, endpoint: Endpoint | None) -> MovingHandle | None:  # noqa: ARG002
+        """A handle that takes ``endpoint``, which stands on this, to wherever a message goes; it need not be a
+        descriptor there. None where the link's own descriptor does (``_lane_message``).
+        """
+        return None
 
     def attach(self, front: Link) -> None:
         """Let ``front`` be the front lane, which is taken over, or released where there is one already."""

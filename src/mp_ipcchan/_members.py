@@ -6,6 +6,7 @@ beside the set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ._connection import Connection
@@ -14,7 +15,7 @@ from ._endpoint import ReceivingEnd
 from ._ends import LOOK_EVERY
 from ._fd import HasFileno
 from ._inlet import EndOfStream, Inlet, ShutMark
-from ._message import Incoming, Parcel
+from ._message import Incoming
 from ._opaque import OpaqueReceiver
 from ._queue import GLANCE_EVERY, Queue, SimpleQueue
 from ._receiver import ReceiverBase
@@ -67,6 +68,11 @@ class Member:
         """The next message. Raises ``BlockingIOError``, ``EndOfStream``, or what went wrong with one message."""
         raise NotImplementedError
 
+    @property
+    def hand_out(self) -> Callable[[], object] | None:
+        """What to call before it is asked for messages; several members may have the same."""
+        return None
+
     def took(self, all_of_it: bool) -> None:
         """Whether there was as much to take as was asked for."""
 
@@ -99,7 +105,7 @@ class _Inlets(Member):
             raise BlockingIOError
         incoming = inlet.take_message(False)
         # No call from here on: a signal's handler that raises would lose the message.
-        if incoming.__class__ is Parcel and incoming.kinds:
+        if incoming.__class__ is not bytes and incoming.kinds:  # type: ignore[union-attr]
             haul.laden = True
         return incoming
 
@@ -122,8 +128,8 @@ class ReceiverMember(_Inlets):
         self._streak = 0
 
     def fileno(self) -> int:
-        # The socket; what waits in user space is asked for.
-        return self._link.fileno()
+        # What waits in user space is asked for.
+        return self._inlet.source()
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -132,6 +138,10 @@ class ReceiverMember(_Inlets):
 
     def took(self, all_of_it: bool) -> None:
         self._streak = self._streak + 1 if all_of_it else 0
+
+    @property
+    def hand_out(self) -> Callable[[], object] | None:
+        return self._inlet.hand_out
 
     @property
     def holding(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from .errors import ProtocolError
 
@@ -64,6 +64,13 @@ class Handle(Protocol):
 
     def unsent(self) -> None:
         """The message will never leave: put things back as they were."""
+
+
+class MovingHandle(Handle, Protocol):
+    """One that a forked child can be given as well."""
+
+    def arrive(self) -> None:
+        """In that child, which inherits what a message would bring: put things as they are to be there."""
 
 
 class Message:
@@ -117,8 +124,11 @@ class Parcel:
         """The descriptors, which stay the parcel's."""
         return self._fds.fds if self._fds else []
 
-    def take(self, first: int, count: int) -> tuple[bytes, list[int]]:
-        """The kinds and descriptors from ``first`` on; the caller owns them from here on."""
+    def take(self, first: int, count: int) -> tuple[bytes, list[Any]]:
+        """The kinds and descriptors from ``first`` on; the caller owns them from here on.
+
+        In place of a descriptor there may be a link, where an endpoint came without one (``_lane_message``).
+        """
         held = self.filenos()
         fds = held[first : first + count]
         if first < 0 or len(fds) != count or -1 in fds:
@@ -132,6 +142,44 @@ class Parcel:
     def close(self) -> None:
         if self._fds:
             self._fds.close()
+
+    def is_spent(self) -> bool:
+        """Whether all that it brought has been taken."""
+        return not any(fd >= 0 for fd in self.filenos())
+
+
+def release_all(brought: list[Any]) -> None:
+    """Empty ``brought``, what ``Parcel.take`` gave: descriptors are closed, links released.
+
+    Each descriptor is closed by the C call that takes it out, so no signal's handler can come between.
+    """
+    links = [one for one in brought if not isinstance(one, int)]
+    brought[:] = [one for one in brought if isinstance(one, int)]
+    list(map(os.close, map(brought.pop, [-1] * len(brought))))
+    for link in links:
+        link.release()
+
+
+class ParcelHandle:
+    """A descriptor in a parcel that is sent on."""
+
+    __slots__ = ("_fd", "_parcel", "kind")
+
+    def __init__(self, parcel: Parcel, kind: int, fd: int) -> None:
+        self.kind = HandleKind(kind)
+        self._parcel = parcel
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def sent(self) -> None:
+        self._parcel.close()
+
+    def unsent(self) -> None:
+        pass
+
+    arrive = unsent
 
 
 class Descriptors:

@@ -77,6 +77,9 @@ class Outlet:
     def __init__(self, sock: socket.socket, emptied: Callable[[], None]) -> None:
         self._sock = sock
         self.send_raw: Callable[[bytes, int], int] = sock.send
+        self._begin(emptied)
+
+    def _begin(self, emptied: Callable[[], None]) -> None:
         self._emptied = emptied
         #: Messages that the kernel hasn't taken, the oldest first.
         self.backlog: deque[Outgoing] = deque()
@@ -112,10 +115,13 @@ class Outlet:
 
     # -- sending ---------------------------------------------------------------------------
 
-    def send(self, item: Outgoing) -> None:
-        """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then."""
-        if not self.try_send(item) and not self.insist(item):
-            accepted: list[object] = []
+    def send(self, item: Outgoing, accepted: list[object] | None = None) -> None:
+        """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then.
+
+        ``accepted``, if given, gets an element when the item is on its way, whatever is raised then.
+        """
+        accepted = [] if accepted is None else accepted
+        if not self.try_send(item, accepted) and not self.insist(item, accepted):
             try:
                 self.defer(item, accepted)
             except BaseException:
@@ -141,7 +147,7 @@ class Outlet:
             return False
         noted = [] if noted is None else noted
         try:
-            transmit(self._sock, item, self.segments, noted)
+            self._transmit(item, noted)
         except BaseException as error:
             if noted:
                 _sent(item)
@@ -236,7 +242,7 @@ class Outlet:
             item.own()
         with self.lock:
             # First somebody who sends it: an item that waits must never be without.
-            served = self.backlog or _drainer.add(self)
+            served = self.backlog or self._serve()
             if accepted is None:
                 self.backlog.append(item)
             else:
@@ -307,7 +313,7 @@ class Outlet:
         if packet is None:
             self._acks.extend(map(self.send_raw, items, repeat(SEND_FLAGS)))  # type: ignore[arg-type]
         else:
-            transmit(self._sock, packet, self.segments, self._acks)
+            self._transmit(packet, self._acks)
 
     def _remove_sent(self) -> int:
         """Remove what was sent from the backlog; how many messages."""
@@ -354,6 +360,14 @@ class Outlet:
         # As many as fit, and one at least.
         del items[max(1, bisect_right([*accumulate(map(len, items))], PACK_SIZE)) :]
         return items, items[0] if len(items) == 1 else pack(items)  # type: ignore[arg-type]
+
+    def _serve(self) -> bool:
+        """See to it that the backlog is sent; False where no thread can do it. Raises ``OSError``."""
+        return _drainer.add(self)
+
+    def _transmit(self, item: Outgoing, noted: list[object]) -> None:
+        """Send one message now, as ``unix.transmit`` does."""
+        transmit(self._sock, item, self.segments, noted)
 
     def _first(self, most: int | None) -> list[Outgoing]:
         """The first items of the backlog, as a copy: a handler or a finaliser may append to it meanwhile."""

@@ -14,12 +14,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from . import _drainer
-from ._channel import pack_receiver
-from ._endpoint import endpoints
-from ._message import Handle
-from ._opaque import OpaqueReceiver
+from ._channel import detach
+from ._endpoint import Endpoint, ReceivingEnd, endpoints
+from ._message import Handle, MovingHandle
 from ._reach import endpoints_within
-from ._receiver import ReceiverBase
 from ._transport._carrier import Carrier
 
 
@@ -29,11 +27,11 @@ class ForkPopen(popen_fork.Popen):
     def _launch(self, process_obj: BaseProcess) -> None:
         # Looking through the arguments of a program that has no channels would cost it for nothing.
         given = endpoints_within(vars(process_obj)) if len(endpoints) else []
-        moving: list[Handle] = []
+        moving: list[MovingHandle] = []
         try:
             for endpoint in given:
-                if isinstance(endpoint, (ReceiverBase, OpaqueReceiver)) and not endpoint.closed:
-                    moving += pack_receiver(endpoint)[2]
+                if not endpoint.closed:
+                    moving += _moving_with(endpoint)
             self._fork(process_obj, given, moving)
         except BaseException:
             for handle in reversed(moving):
@@ -42,13 +40,13 @@ class ForkPopen(popen_fork.Popen):
         for handle in moving:
             handle.sent()
 
-    def _fork(self, process_obj: BaseProcess, given: Sequence[object], moving: list[Handle]) -> None:
+    def _fork(self, process_obj: BaseProcess, given: Sequence[object], moving: list[MovingHandle]) -> None:
         bootstrap: Callable[..., int] = process_obj._bootstrap  # type: ignore[attr-defined]
 
         def run(*args: Any, **options: Any) -> int:
             # In the child: what moved arrives here.
             for handle in reversed(moving):
-                handle.unsent()
+                handle.arrive()
             kept = {id(endpoint) for endpoint in given}
             for endpoint in list(endpoints):
                 if id(endpoint) not in kept:
@@ -64,6 +62,15 @@ class ForkPopen(popen_fork.Popen):
             super()._launch(process_obj)  # type: ignore[misc]
         finally:
             del process_obj._bootstrap  # type: ignore[attr-defined]
+
+
+def _moving_with(endpoint: Endpoint) -> Sequence[MovingHandle]:
+    """What goes with ``endpoint`` into a forked child, which inherits all else."""
+    handles = detach(endpoint)[1] if isinstance(endpoint, ReceivingEnd) else endpoint._moving()
+    for handle in handles:
+        # Some make their descriptor now, and it is to be inherited.
+        handle.fileno()
+    return handles
 
 
 class Launch:

@@ -20,6 +20,7 @@ import os
 import select
 import threading
 import weakref
+from collections.abc import Callable
 from itertools import repeat, starmap
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
 
@@ -66,6 +67,8 @@ class ReceiverSet:
         #: Those with messages in user space, and those to look at now and then. By id, next turn first.
         self._holding: dict[int, Member] = {}
         self._glancing: dict[int, Member] = {}
+        #: What has messages handed out to members, before these are asked for some.
+        self._hand_outs: set[Callable[[], object]] = set()
         #: Events that an interrupted call has taken.
         self._kept: list[Event] = []
         self._lock: threading.RLock = threading.RLock()
@@ -120,6 +123,8 @@ class ReceiverSet:
         if stale is not None:
             # Its owner has closed it, and the number went to another.
             self._forget(stale)
+        if member.hand_out is not None:
+            self._hand_outs.add(member.hand_out)
         holding, glancing = member.holding, member.glance is not None
         if holding or glancing:
             # Who waits already has to know.
@@ -268,6 +273,8 @@ class ReceiverSet:
             self._raise()
 
     def _collect_into(self, events: list[Event], epoll: _Epoll, glance: bool) -> None:
+        for hand_out in self._hand_outs:
+            hand_out()
         haul = Haul()
         first = list(self._holding.values())[:_MOST_MEMBERS]
         if glance:

@@ -47,10 +47,15 @@ def _rebuild(rebuild: Callable[..., object], args: tuple[Any, ...], kinds: bytes
     return rebuild(*args, kinds, [token.detach() for token in tokens])
 
 
+def register(cls: type) -> None:
+    """Let objects of exactly ``cls``, which travel in our messages, travel with the stdlib's pickles, too."""
+    ForkingPickler.register(cls, partial(_reduce, _codec.packer(cls)))
+
+
 _CHANNELS = (Sender, BytesSender, OpaqueSender, Receiver, BytesReceiver, OpaqueReceiver)
 
 for _cls in (*_CHANNELS, Connection, SimpleQueue, Queue, JoinableQueue, Fd, SharedMemory):
-    ForkingPickler.register(_cls, partial(_reduce, _codec.packer(_cls)))
+    register(_cls)
 
 
 # -- the stdlib's own, in our messages --------------------------------------------------------

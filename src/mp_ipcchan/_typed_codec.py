@@ -258,7 +258,7 @@ class _Unpacking:
             obj = self._decode(parcel.body)
         finally:
             self._parcel = None
-        if any(fd >= 0 for fd in parcel.filenos()):
+        if not parcel.is_spent():
             raise ProtocolError("a message brings descriptors that it doesn't mention")
         return obj
 

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _codec, _shared_memory
-from ._channel import attach, detach, sending_link
+from ._channel import attach, copying_handle, detach, sending_link
 from ._fd import Fd, FdHandle
-from ._link import LinkHandle
-from ._message import KNOWN_KINDS, MAX_BUFFERS, PACKET_SIZE, PLAIN, Handle, HandleKind
+from ._message import KNOWN_KINDS, MAX_BUFFERS, PACKET_SIZE, PLAIN, Handle, HandleKind, release_all
 from ._receiver import BytesReceiver, Receiver
 from ._sender import BytesSender, Sender
 from ._shared_memory import SharedMemory
-from ._transport.unix import close_all
 from ._typed_codec import TypedCodec, register
 from .errors import ProtocolError
 
@@ -49,7 +47,7 @@ def _check_channel(obj: Sender[Any] | Receiver[Any], of: TypedCodec | None) -> N
 
 def _expect_nothing(payload: Any, fds: list[int]) -> None:
     if payload is not None:
-        close_all(fds)
+        release_all(fds)
         raise ProtocolError("an endpoint arrived with something that it doesn't have")
 
 
@@ -59,7 +57,7 @@ class _SenderField(_Field):
             _check_channel(obj, of)
 
     def pack(self, obj: Any) -> tuple[object, Sequence[Handle]]:
-        return None, [LinkHandle(HandleKind.SENDER, obj._open_link())]
+        return None, [copying_handle(obj)]
 
     def rebuild(self, payload: Any, of: TypedCodec | None, kinds: bytes, fds: list[int]) -> Any:
         _expect_nothing(payload, fds)
@@ -79,7 +77,7 @@ class _ReceiverField(_Field):
         try:
             waiting = _check_waiting(payload)
         except BaseException:
-            close_all(fds)
+            release_all(fds)
             raise
         make = functools.partial(Receiver, typed=of) if self._cls is Receiver else self._cls
         return attach(make, waiting, kinds, fds)

@@ -30,7 +30,7 @@ class Stop(KeyboardInterrupt):
 
 
 @contextmanager
-def _handling(handler: Callable[..., None]) -> Iterator[None]:
+def handling(handler: Callable[..., None]) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, handler)
     try:
         yield
@@ -54,7 +54,7 @@ def test_handler_that_sends() -> None:
         # Armed again only now: a handler that interrupts itself would count wrongly.
         signal.setitimer(signal.ITIMER_REAL, 0.003)
 
-    with _handling(handle):
+    with handling(handle):
         signal.setitimer(signal.ITIMER_REAL, 0.003)
         end = time.monotonic() + LONG
         while time.monotonic() < end:
@@ -84,7 +84,7 @@ def test_handler_that_raises_in_put(make: Callable[[], Queue[int]]) -> None:
             armed = False
             raise Stop
 
-    with _handling(handle):
+    with handling(handle):
         end = time.monotonic() + LONG
         while time.monotonic() < end:
             try:
@@ -127,7 +127,7 @@ def test_handler_that_raises_while_messages_wait() -> None:
             armed = False
             raise Stop
 
-    with _handling(handle):
+    with handling(handle):
         end = time.monotonic() + LONG
         while time.monotonic() < end:
             tx, rx = channel()
@@ -215,14 +215,14 @@ def test_error_of_a_handler_is_no_error_of_the_message(handler: Callable[..., No
     """What a handler raises comes out as it is, and a message that was being decoded is still there."""
     tx, rx = channel()
     with tx, rx:
-        with _handling(handler):
+        with handling(handler):
             with pytest.raises(TimeoutError, match="the alarm"):
                 tx.send(AlarmedByPickle())
             tx.send(AlarmedByUnpickling())
             for receive in (rx.recv, partial(rx.recv_many, 5)):
                 with pytest.raises(TimeoutError, match="the alarm"):
                     receive()
-        with _handling(lambda *_: None):
+        with handling(lambda *_: None):
             assert rx.recv(LIMIT) == 7
 
 
@@ -256,7 +256,7 @@ class Interrupter:
 @pytest.fixture
 def interrupter() -> Iterator[Interrupter]:
     interrupter = Interrupter()
-    with _handling(interrupter.handle):
+    with handling(interrupter.handle):
         yield interrupter
 
 
