@@ -25,6 +25,7 @@ Modules import only from those above them in this list:
     _peer, _address, _listener, _watch,
     _rendezvous, _host, _server                     names for processes that don't know each other
     _reach, _process, _reduction, _context          processes, the stdlib's pickling, and its contexts
+    _switchboard, _lane*, _trunk, _mux              many channels over one socket, which stand where links do
     _call, _chunk, _variables, _schedule,
     _future, _task                                  the pool: calls on their way, and who gets which
     _lifeline, _resident, _logs, _worker            what runs in a worker, and what it owes its parent
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from ._events import ChannelClosed, MessageReceived, Ready
     from ._executor import ProcessPoolExecutor, get_reusable_executor
     from ._future import Future
+    from ._mux import Mux
     from ._pool import Pool
     from ._receiver_set import ReceiverSet
     from ._router import Route, Router, router
@@ -83,6 +85,7 @@ _LATE = {
     "ChannelClosed": "_events",
     "Future": "_future",
     "MessageReceived": "_events",
+    "Mux": "_mux",
     "OneShotServer": "_server",
     "Pool": "_pool",
     "ProcessPoolExecutor": "_executor",
@@ -114,6 +117,7 @@ __all__ = [
     "IpcError",
     "JoinableQueue",
     "MessageReceived",
+    "Mux",
     "OneShotServer",
     "OpaqueReceiver",
     "OpaqueSender",

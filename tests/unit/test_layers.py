@@ -12,7 +12,7 @@ PACKAGE = Path(mp_ipcchan.__file__).parent
 LAYERS = [
     ["errors", "_deadline", "_interrupt", "_peer", "_watch"],
     ["_message", "_memory", "_address"],
-    ["_segment", "_transport._frame", "_transport._carrier"],
+    ["_lane_frame", "_segment", "_transport._frame", "_transport._carrier"],
     ["_segment_pool", "_segment_cache"],
     ["_transport._spill"],
     ["_transport.unix"],
@@ -37,7 +37,12 @@ LAYERS = [
     ["_router"],
     ["_process"],
     ["_reduction"],
-    ["_context"],
+    ["_context", "_switchboard"],
+    ["_lane_message"],
+    ["_lane_feed", "_lane_inlet", "_lane_outlet"],
+    ["_lane"],
+    ["_trunk"],
+    ["_mux"],
     ["_variables", "_schedule", "_logs", "_resident", "_lifeline", "_stats", "_ring", "_future", "_ticket"],
     ["_feed", "_progress", "_engine_url"],
     ["_call"],
@@ -56,7 +61,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 #: What decides and never acts: no sockets, no descriptors, no threads, no clock.
-PURE = ["_transport._frame", "_reach", "_schedule", "errors"]
+PURE = ["_lane_frame", "_transport._frame", "_reach", "_schedule", "errors"]
 ACTING = {"os", "socket", "select", "threading", "time", "fcntl", "mmap"}
 
 
