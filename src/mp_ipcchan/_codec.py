@@ -19,6 +19,7 @@ import copyreg
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -95,6 +96,10 @@ class _Encoder:
                 table[cls] = partial(_reduce_foreign, registry, cls)
         for cls, pack in _packs.items():
             table[cls] = partial(self._reduce, pack)
+        # Its import registers something with the stdlib's table, so this is asked again then.
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and hasattr(numpy, "ndarray"):
+            table.setdefault(numpy.ndarray, _reduce_array)
         return table
 
     def _reduce(self, pack: Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
@@ -125,6 +130,11 @@ class _Encoder:
 
 def _reduce_foreign(registry: dict[type, Callable[[Any], Any]], cls: type, obj: object) -> Any:
     return registry[cls](obj)
+
+
+def _reduce_array(array: Any) -> Any:
+    """Arrays arrive writable, as through the stdlib's queues; protocol 5 would keep a read-only one so."""
+    return (array if array.flags.writeable else array.copy()).__reduce_ex__(PROTOCOL)
 
 
 class _Sink:

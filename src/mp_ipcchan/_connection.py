@@ -7,6 +7,7 @@ once ``send`` has returned, which rules out a backlog.
 
 from __future__ import annotations
 
+import errno
 import io
 from multiprocessing import connection as stdlib
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -82,7 +83,7 @@ class Connection(Delivery, stdlib.Connection):
 
     def _report_closed(self, error: ConnectionResetError) -> NoReturn:
         # The peer closed with messages unread; to the caller that is no different.
-        raise BrokenPipeError(error.errno, "the other end is closed") from error
+        raise BrokenPipeError(errno.EPIPE, "the other end is closed") from error
 
     # -- receiving -------------------------------------------------------------------------
 

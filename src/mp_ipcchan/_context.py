@@ -98,8 +98,8 @@ _ours: dict[str, stdlib.BaseContext] = {
     "spawn": SpawnContext(),
     "forkserver": ForkServerContext(),
 }
-#: What was the default before ``install``; meaningless while not installed.
-_before: stdlib.BaseContext | None = None
+#: What was the interpreter's default, and what had been chosen, before ``install``; meaningless while not installed.
+_before: tuple[stdlib.BaseContext, stdlib.BaseContext | None] = _default._default_context, None  # type: ignore[attr-defined]
 
 
 def _register() -> None:
@@ -138,7 +138,8 @@ def install(method: str = "ipcchan") -> None:
     """Make ``multiprocessing`` ours, in this process and the children it starts, until ``uninstall()``.
 
     ``multiprocessing.Queue``, ``Pipe``, ``Process`` and the rest, and the start methods "fork", "spawn"
-    and "forkserver", are ours then; ``method`` ("ipcchan", "ipcchan_fork", ...) becomes the default.
+    and "forkserver", are ours then; ``method`` ("ipcchan", "ipcchan_fork", ...) becomes the default, which a
+    program may still change by ``set_start_method``, if it hasn't yet.
     Objects, and names, that a module took from ``multiprocessing`` before ``mp_ipcchan`` was imported stay what
     they are. Raises ``ValueError`` for a method that there isn't.
     """
@@ -147,17 +148,20 @@ def install(method: str = "ipcchan") -> None:
     if context is None:
         raise ValueError(f"cannot find context for {method!r}; there are {', '.join(sorted(_registry))}")
     if not installed():
-        _before = _default._actual_context  # type: ignore[attr-defined]
+        _before = _default._default_context, _default._actual_context  # type: ignore[attr-defined]
         _registry.update(_ours)
-    name = context.get_start_method()
-    _default._actual_context = _ours[name]  # type: ignore[attr-defined]
+    _set_default(_ours[context.get_start_method()], None)
 
 
 def uninstall() -> None:
     """Undo ``install``: stock names mean stock contexts again, and the default is what it was before."""
     if installed():
         _registry.update(_stock)
-        _default._actual_context = _before  # type: ignore[attr-defined]
+        _set_default(*_before)
+
+
+def _set_default(default: stdlib.BaseContext, chosen: stdlib.BaseContext | None) -> None:
+    _default._default_context, _default._actual_context = default, chosen  # type: ignore[attr-defined]
 
 
 # -- spawned children ------------------------------------------------------------------------
@@ -182,7 +186,7 @@ class _Import:
 
 def _preparation_data(name: str) -> dict[str, Any]:
     data: dict[str, Any] = _stock_preparation_data(name)
-    default = _default._actual_context  # type: ignore[attr-defined]
+    default = _default._actual_context or _default._default_context  # type: ignore[attr-defined]
     method = next((f"ipcchan_{way}" for way, ours in _ours.items() if ours is default), None)
     if installed():
         return {"mp_ipcchan": _Import(data["sys_path"], method or "ipcchan"), **data}

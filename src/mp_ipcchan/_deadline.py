@@ -14,7 +14,12 @@ _LONGEST = 2**31 - 1
 
 def deadline_in(timeout: float | None) -> float | None:
     """The monotonic time (seconds) at which ``timeout`` seconds from now are over."""
-    return None if timeout is None else monotonic() + timeout
+    if timeout is None:
+        return None
+    deadline = monotonic() + timeout
+    if deadline != deadline:
+        raise ValueError("a timeout is a number of seconds, not nan")
+    return deadline
 
 
 def remaining(deadline: float | None) -> float | None:

@@ -206,23 +206,40 @@ class Delivery:
                     inlet.receiving = False
                     lock.release()
         except BaseException as error:
-            done = len(decoded)
-            if not decoding or done == len(taken) or not isinstance(error, Exception) or raised_by_handler(error):
-                begun = done + 1 if decoding else 0
-                intact = [one for one in taken[:begun] if is_intact(one)] + taken[begun:]
-                inlet.put_back(*intact)
-                self._left(len(intact))
-                self._taken(len(taken) - len(intact))
-                raise
-            # A message that can't be decoded: the next call says so, if there is something to return now.
-            gone = done or 1
-            inlet.put_back(*taken[gone:])
-            self._left(len(taken) - gone)
-            self._taken(gone)
-            if not done:
-                self._report(error)
+            try:
+                raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
+            except BaseException:
+                # Another handler, before anything was done.
+                raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
+            if undecodable:
+                self._report(error)  # type: ignore[arg-type]
+            if raises:
                 raise
         return decoded
+
+    def _settle_many(
+        self, inlet: Inlet, taken: list[Incoming], decoded: list[Any], decoding: bool, error: BaseException
+    ) -> tuple[bool, bool]:
+        """Put back what was not decoded, as ``error`` came between.
+
+        Whether that is to be raised, and whether it is of a message that can't be decoded.
+        """
+        done = len(decoded)
+        if not decoding or done == len(taken) or not isinstance(error, Exception) or raised_by_handler(error):
+            begun = done + 1 if decoding else 0
+            back = [one for one in taken[:begun] if is_intact(one)] + taken[begun:]
+            verdict = True, False
+        else:
+            # A message that can't be decoded: the next call says so, if there is something to return now.
+            back = taken[done or 1 :]
+            verdict = not done, not done
+        gone = len(taken) - len(back)
+        inlet.put_back(*back)
+        # From here on it is done, whatever comes.
+        del taken[:]
+        self._left(len(back))
+        self._taken(gone)
+        return verdict
 
     def _deliver_by(
         self, inlet: Inlet, copy: Callable[[Incoming], T], deadline: float | None, lock: Lock | None = None

@@ -7,6 +7,7 @@ beside the set.
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeAlias
 
 from ._connection import Connection
@@ -23,7 +24,7 @@ from .errors import Empty, ShutDown
 
 #: What ``add`` takes.
 Selectable: TypeAlias = (
-    ReceiverBase[Any] | OpaqueReceiver | Queue[Any] | SimpleQueue[Any] | Connection | HasFileno | int
+    ReceiverBase[Any] | OpaqueReceiver | Queue[Any] | SimpleQueue[Any] | Connection | BaseProcess | HasFileno | int
 )
 
 
@@ -269,15 +270,15 @@ class DescriptorMember(Member):
 
     decoding = None
 
-    def __init__(self, file: HasFileno | int) -> None:
+    def __init__(self, file: HasFileno | BaseProcess | int, fd: int | None = None) -> None:
         super().__init__()
         self._file = file
-        self._fd = file if isinstance(file, int) else file.fileno()
+        self._fd = file.fileno() if fd is None else fd  # type: ignore[union-attr]
 
     def fileno(self) -> int:
         return self._fd
 
-    def leave(self) -> HasFileno | int:
+    def leave(self) -> HasFileno | BaseProcess | int:
         return self._file
 
 
@@ -291,10 +292,13 @@ def member_for(source: Selectable) -> Member:
         return QueueMember(source)
     if isinstance(source, SimpleQueue):
         return SimpleQueueMember(source)
+    if isinstance(source, BaseProcess):
+        return DescriptorMember(source, source.sentinel)
     if isinstance(source, int) or hasattr(source, "fileno"):
-        return DescriptorMember(source)
+        return DescriptorMember(source, source if isinstance(source, int) else None)
     raise TypeError(
-        f"a ReceiverSet takes receivers, our queues and connections, and what has a fileno(), not {type(source)!r}"
+        "a ReceiverSet takes receivers, our queues and connections, processes, and what has a fileno(), "
+        f"not {type(source)!r}"
     )
 
 

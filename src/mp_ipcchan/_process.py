@@ -27,6 +27,10 @@ class ForkPopen(popen_fork.Popen):
     def _launch(self, process_obj: BaseProcess) -> None:
         # Looking through the arguments of a program that has no channels would cost it for nothing.
         given = endpoints_within(vars(process_obj)) if len(endpoints) else []
+        for argument in (*process_obj._args, *process_obj._kwargs.values()):  # type: ignore[attr-defined]
+            if isinstance(argument, Endpoint):
+                # Moved or closed: said here, as where it would be pickled, and not by the child alone.
+                argument._open_link()
         moving: list[MovingHandle] = []
         try:
             for endpoint in given:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import pickle
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Generic, NoReturn, TypeVar, final
@@ -90,11 +91,12 @@ class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
 
     def recv_many(self, max_items: int, timeout: float | None = None) -> list[T_co]:
         """Wait for a message as ``recv`` does, and return it with those that are there, 1 to ``max_items``."""
-        if max_items < 1:
+        most = min(operator.index(max_items), sys.maxsize)
+        if most < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
         deadline = deadline_in(timeout)
         inlet = self._turn(deadline)
-        return self._deliver_many(inlet, max_items, deadline, inlet.lock)
+        return self._deliver_many(inlet, most, deadline, inlet.lock)
 
     def __iter__(self) -> Iterator[T_co]:
         """Receive until every sender is gone."""

@@ -52,9 +52,10 @@ class ReceiverSet:
     """Many receivers, waited for together. Safe from several threads, and stays in its process.
 
     A receiver moves into the set, and is closed with it unless it was removed. Queues of our contexts, connections of
-    our pipes, and plain descriptors (a process's sentinel, or anything with ``fileno()``) can be members, too; they
-    stay their owners', who must remove them before they close them. Of receivers, connections and queues the set
-    reports ``MessageReceived`` and, once, ``ChannelClosed``; of a plain descriptor ``Ready`` while it is readable.
+    our pipes, processes, and plain descriptors (anything with ``fileno()``) can be members, too; they stay their
+    owners', who must remove them before they close them. Of receivers, connections and queues the set reports
+    ``MessageReceived`` and, once, ``ChannelClosed``; of a descriptor ``Ready`` while it is readable, of a process
+    once it has ended.
 
     After a bare ``os.fork`` both processes have the set; in other children it is closed.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from . import _async, _codec
 from ._deadline import deadline_in
@@ -19,10 +19,9 @@ from ._typed_codec import TypedCodec
 from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Buffer, Self
 
 T_contra = TypeVar("T_contra", contravariant=True)
-Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class SenderBase(Endpoint, Generic[T_contra]):
@@ -188,7 +187,7 @@ def encode_bytes(buffer: Buffer) -> Outgoing:
 
 
 @final
-class BytesSender(SenderBase[Buffer]):
+class BytesSender(SenderBase["Buffer"]):
     """The sending end of a channel of buffers, which are sent as they are."""
 
     __slots__ = ()

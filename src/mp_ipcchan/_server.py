@@ -71,9 +71,7 @@ class Server(ServerBase):
     def _disappointed(self, client: Silent, error: Exception) -> None:
         if not isinstance(error, Disconnected):
             peer = peer_at(client.receiver._open_link().sock)
-            log.warning(
-                "%s: dropped a client of uid %d (pid %d): %s", self.name, peer.uid, peer.pid, error, exc_info=error
-            )
+            log.warning("%s: dropped a client of uid %d (pid %d): %s", self.name, peer.uid, peer.pid, error)
         self._dismiss(client)
 
 

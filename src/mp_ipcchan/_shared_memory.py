@@ -131,7 +131,7 @@ class SharedMemory:
 
     __slots__ = ("__weakref__", "_region", "_taken")
 
-    def __init__(self) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         raise TypeError("use SharedMemory.zeros(size), SharedMemory.filled(byte, size) or SharedMemory.from_bytes(buf)")
 
     @classmethod
@@ -233,6 +233,14 @@ class SharedMemory:
             raise ValueError(f"an array of {kind} with shape {lengths} takes {needed} bytes, there are {region.size}")
         array: ndarray[Any, Any] = np.ndarray(lengths, kind, region.view)
         return array
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> ndarray[Any, Any]:
+        """For ``numpy.asarray``: the bytes, on this memory, unless another type or a copy is asked for."""
+        array = self.array("u1")
+        other = dtype is not None and array.dtype != dtype
+        if other and copy is False:
+            raise ValueError("as another type than bytes it would have to be copied: use SharedMemory.array(dtype)")
+        return array.astype(dtype) if other else array.copy() if copy else array
 
     def take(self) -> bytes:
         """The content, copied; this handle is used up then, and raises ``EndpointMoved``. Others are as before."""

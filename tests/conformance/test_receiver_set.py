@@ -1126,3 +1126,15 @@ def test_bytes_member_refuses_descriptors() -> None:
             event.message.to()
         with pytest.raises(Disconnected):
             sub_rx.recv(LIMIT)
+
+
+def test_a_process_is_a_member(start_method: str) -> None:
+    """It is ready once it has ended, and is what ``remove`` returns."""
+    process = multiprocessing.get_context(f"ipcchan_{start_method}").Process(target=int)
+    process.start()
+    with ReceiverSet() as receivers:
+        number = receivers.add(process)
+        assert receivers.select(LIMIT) == [Ready(number)]
+        assert receivers.remove(number) is process
+    process.join()
+    process.close()

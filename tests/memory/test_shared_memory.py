@@ -418,3 +418,14 @@ def test_a_mapping_of_pages_that_are_gone_is_an_error() -> None:
         memory.writable()
     assert memory.size == 1 << 60
     assert memory.size >= mmap.PAGESIZE
+
+
+def test_as_an_array_of_numpy() -> None:
+    """``numpy.asarray`` gives the same pages, and a copy only where one is needed."""
+    with SharedMemory.zeros(8) as memory:
+        array = np.asarray(memory)
+        array[0] = 7
+        assert (array.dtype, memory[0]) == (np.dtype("u1"), 7)
+        assert np.asarray(memory, dtype="u2")[0] == 7
+        np.array(memory)[0] = 9
+        assert memory[0] == 7

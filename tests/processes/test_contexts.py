@@ -255,6 +255,21 @@ def test_install_restores_the_default(tmp_path: Path) -> None:
     output_of(tmp_path / "program.py", source)
 
 
+def test_program_that_chooses_after_install(tmp_path: Path) -> None:
+    """``install`` comes before what a program says itself: that is not the second choice of a start method."""
+    source = """
+    import multiprocessing, mp_ipcchan
+    mp_ipcchan.install()
+    assert multiprocessing.get_start_method(allow_none=True) is None
+    multiprocessing.set_start_method("spawn")
+    assert multiprocessing.get_start_method() == "spawn"
+    assert type(multiprocessing.Queue()) is mp_ipcchan.Queue
+    mp_ipcchan.uninstall()
+    assert multiprocessing.get_start_method(allow_none=True) is None
+    """
+    output_of(tmp_path / "program.py", source)
+
+
 def test_install_unknown_method() -> None:
     """A method that there isn't is a ``ValueError``, which changes nothing."""
     stock = multiprocessing.get_context("fork")

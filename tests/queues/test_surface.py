@@ -390,3 +390,20 @@ def _send_three_gib(tx: Any) -> None:
     data = bytearray(THREE_GIB)
     data[0], data[-1] = b"az"
     tx.send(data)
+
+
+def test_timeout_that_is_no_number(queue: Queue[int]) -> None:
+    tx, rx = channel()
+    with tx, rx:
+        for call in (queue.get, rx.recv):
+            with pytest.raises(ValueError, match="nan"):
+                call(timeout=float("nan"))
+
+
+def test_many_more_than_there_can_be() -> None:
+    tx, rx = channel()
+    with tx, rx:
+        tx.send_many(range(3))
+        assert rx.recv_many(2**70) == [0, 1, 2]
+        with pytest.raises(TypeError):
+            rx.recv_many(1.5)  # type: ignore[arg-type]

@@ -375,3 +375,17 @@ def test_fork_in_the_middle_of_a_send(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(told)
         os.waitpid(pid, 0)
         check(rx.recv(LIMIT), 1, MIB)
+
+
+@pytest.mark.parametrize("count", [10, 1000, 100_000])
+def test_read_only_arrays_arrive_writable(count: int) -> None:
+    """As through the stdlib's queues; the sender's own stays what it is."""
+    array = np.arange(count)
+    array.flags.writeable = False
+    tx, rx = channel()
+    with tx, rx:
+        tx.send([array])
+        [received] = rx.recv(LIMIT)
+        received[0] = 7
+        assert received[1:].tolist() == array[1:].tolist()
+        assert array[0] == 0
