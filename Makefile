@@ -31,7 +31,7 @@ lint: $(VENV)/test.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/basedpyright --verifytypes mp_ipcchan --ignoreexternal
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --maxschedchunk 1
+	$(BIN)/python -m pytest -n 3 --maxschedchunk 1
 
 # The same tests on every other CPython that this machine has.
 test-all: test
