@@ -116,8 +116,12 @@ class AsyncResult(stdlib.ApplyResult[T], Generic[T]):
             self._error_callback = error_callback
         #: Locks of those who wait, released when it is there.
         self._gates: list[threading.Lock] = []
-        self._job = job = next(_job_counter)
-        pool._cache[job] = self
+        self._job = next(_job_counter)
+
+    def _enter(self) -> None:
+        """Let the pool wait for this at its end. Whoever calls it calls ``_drop`` if it can't be begun."""
+        if self._pool is not None:
+            self._pool._cache[self._job] = self
 
     def ready(self) -> bool:
         """Whether the call has ended."""
@@ -280,7 +284,13 @@ class MapResult(AsyncResult[list[T]], stdlib.MapResult[T]):
     def _launch(self, position: int, items: list[Any]) -> None:
         with self._lock:
             self._out += 1
-        self._submit(position, items)
+        try:
+            self._submit(position, items)
+        except BaseException:
+            # Ctrl-C: it may have been submitted, or not.
+            with self._lock:
+                self._out -= 1
+            raise
 
     def _submit(self, position: int, items: list[Any]) -> None:
         def settle(succeeded: bool, outcome: Any) -> None:
@@ -333,7 +343,7 @@ class MapResult(AsyncResult[list[T]], stdlib.MapResult[T]):
 
     def _end_if_done(self) -> None:
         with self._lock:
-            if self._out or not self._all_read or self._feed is None:
+            if self._out > 0 or not self._all_read or self._feed is None:
                 return
             self._feed = None
         if self._failure is not None:

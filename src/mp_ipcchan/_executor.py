@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import operator
 import os
 import threading
 import weakref
@@ -113,9 +114,9 @@ class _Submits(Executor):
         ``timeout``: seconds after which a task that runs is stopped, and fails with ``TaskTimeoutError``.
         ``retries``: how often a task whose worker died is run again before it fails with ``WorkerLostError``.
         """
-        if retries < 0:
+        if operator.index(retries) < 0:
             raise ValueError(f"retries must not be negative: {retries}")
-        if timeout is not None and timeout <= 0:
+        if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be more than zero seconds: {timeout}")
         return _View(self, timeout, retries)
 
@@ -150,6 +151,8 @@ class ProcessPoolExecutor(_Submits):
             max_workers = len(os.sched_getaffinity(0))
         if max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
+        if isinstance(mp_context, str):
+            raise TypeError(f"mp_context is a context: use multiprocessing.get_context({mp_context!r})")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         _check_limit("max_tasks_per_child", max_tasks_per_child)

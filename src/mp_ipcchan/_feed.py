@@ -114,8 +114,11 @@ class Feed:
                         self._busy = False
                         return
                     self._again = False
-        except BaseException:
+        except BaseException as error:
+            # Ctrl-C, where the user's thread reads: what it was about to give away is lost, so nothing may follow.
             self._busy = False
+            self.stop()
+            self._failed(error)
             raise
 
     def _read(self) -> None:

@@ -50,8 +50,10 @@ class Stream:
             chunksize = 1
         self._chunksize = chunksize
         self._sizes = ChunkSize(chunksize, target=host.target, largest=_LARGEST)
-        # Reentrant: forgetting the iterator may happen anywhere.
-        self._changed = threading.Condition(threading.RLock())
+        # Reentrant: forgetting the iterator may happen anywhere. Held by itself, not through the condition, which is
+        # released by Python code, so that Ctrl-C could leave it held.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         #: Outcomes to be taken, the oldest first.
         self._items: deque[tuple[bool, Any]] = deque()
         #: Outcomes that came ahead of older ones: by their position, how many calls they are of, and themselves.
@@ -70,7 +72,6 @@ class Stream:
         self._dropping = False
         self._job = next(_job_counter)
         self._cache = pool._cache
-        self._cache[self._job] = self
         self._feed = Feed(
             iterable if at_hand(iterable) else _guarded(iterable),
             room=self._room,
@@ -79,6 +80,10 @@ class Stream:
             ended=self._input_ended,
             whole=chunksize is not None,
         )
+
+    def begin(self, iterable: Iterable[Any]) -> None:
+        """Let the pool wait for this at its end, and read the input. ``_drop`` must follow where that raises."""
+        self._cache[self._job] = self
         self._feed.begin(at_hand(iterable))
 
     # -- the input ---------------------------------------------------------------------------
@@ -94,6 +99,14 @@ class Stream:
 
     def _launch(self, position: int, items: list[Any]) -> None:
         self._launched += len(items)
+        try:
+            self._submit(position, items)
+        except BaseException:
+            # Ctrl-C: it may have been submitted, or not.
+            self._launched -= len(items)
+            raise
+
+    def _submit(self, position: int, items: list[Any]) -> None:
         if self._chunksize == 1:
 
             def settle_one(succeeded: bool, outcome: Any) -> None:
@@ -144,7 +157,7 @@ class Stream:
         """
         if final:
             self._feed.stop()
-        with self._changed:
+        with self._lock:
             if self._complete:
                 return  # dropped meanwhile
             self._settled += calls
@@ -163,7 +176,7 @@ class Stream:
                 self._early[position] = calls, outcomes
             if self._dropping:
                 self._items.clear()
-            self._complete = not self._reading and self._settled == self._launched
+            self._complete = not self._reading and self._settled >= self._launched
             self._changed.notify()
         if self._complete:
             self._end()
@@ -185,7 +198,7 @@ class Stream:
     def take(self, timeout: float | None) -> Any:
         """The next result, or its exception. ``StopIteration`` at the end."""
         deadline = deadline_in(timeout)
-        with self._changed:
+        with self._lock:
             while True:
                 if self._items:
                     succeeded, value = self._items.popleft()
@@ -208,7 +221,7 @@ class Stream:
     def _drop(self, error: BaseException) -> None:
         """The pool was terminated: what was not finished fails, once."""
         self._feed.stop()
-        with self._changed:
+        with self._lock:
             if self._complete:
                 return
             self._complete = True
@@ -219,14 +232,14 @@ class Stream:
 
     def await_end(self) -> None:
         """Wait until every result is there."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._complete)
             # For other threads that wait.
             self._changed.notify()
 
     def unbind(self) -> None:
         """Read on whether or not results are taken."""
-        with self._changed:
+        with self._lock:
             self._unbounded = True
         self._feed.advance()
 

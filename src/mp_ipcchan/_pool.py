@@ -132,7 +132,15 @@ class Pool(stdlib.Pool):
         """
         host = self._running()
         result: AsyncResult[T] = AsyncResult(self, callback, error_callback)  # type: ignore[arg-type]
-        host.submit(func, args if type(args) is tuple else tuple(args), kwds, result._settle)
+        try:
+            result._enter()
+            host.submit(func, args if type(args) is tuple else tuple(args), kwds, result._settle)
+        except Exception as error:
+            # What can't be arguments; ``get`` raises it, as in the stdlib.
+            result._settle(False, error)
+        except BaseException as error:
+            result._drop(error)
+            raise
         return result
 
     # -- all at once -------------------------------------------------------------------------
@@ -185,16 +193,22 @@ class Pool(stdlib.Pool):
     ) -> list[T]:
         self._running()
         if not progress:
-            result = self._new_map(func, iterable, star, chunksize)
-            result._begin_here(iterable)
-            return result.get()
+            return self._wait_for(self._new_map(func, iterable, star, chunksize), iterable)
         bar = _progress.new_bar(iterable)
         try:
-            result = self._new_map(func, iterable, star, chunksize, progress=bar.update)
-            result._begin_here(iterable)
-            return result.get()
+            return self._wait_for(self._new_map(func, iterable, star, chunksize, progress=bar.update), iterable)
         finally:
             bar.close()
+
+    def _wait_for(self, result: MapResult[T], iterable: Iterable[Any]) -> list[T]:
+        try:
+            result._enter()
+            result._begin_here(iterable)
+            return result.get()
+        except BaseException as error:
+            # Ctrl-C, most likely: nobody has the result any more. Where it is there, this does nothing.
+            result._drop(error)
+            raise
 
     def _map_async(
         self,
@@ -207,7 +221,12 @@ class Pool(stdlib.Pool):
     ) -> MapResult[Any]:
         self._running()
         result = self._new_map(func, iterable, star, chunksize, callback, error_callback)
-        result._begin(iterable)
+        try:
+            result._enter()
+            result._begin(iterable)
+        except BaseException as error:
+            result._drop(error)
+            raise
         return result
 
     def _new_map(
@@ -253,12 +272,18 @@ class Pool(stdlib.Pool):
         _check_chunksize(chunksize)
         advance = _progress.advancer(_progress.new_bar(iterable)) if progress else None
         stream = Stream(self, func, iterable, chunksize, kind is IMapIterator)  # type: ignore[arg-type]
-        return kind(stream, advance)
+        iterator = kind(stream, advance)
+        try:
+            stream.begin(iterable)
+        except BaseException as error:
+            stream._drop(error)
+            raise
+        return iterator
 
     def stats(self) -> list[WorkerStats]:
         """What each worker is doing, and has done; nothing is known of those of another executor."""
         host = self._host
-        return host.engine.stats() if isinstance(host, OwnWorkers) else []
+        return host.stats() if host is not None else []
 
     # -- the end -----------------------------------------------------------------------------
 

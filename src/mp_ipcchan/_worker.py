@@ -8,9 +8,10 @@ back, and how long the worker was busy. Each word has one writer.
 from __future__ import annotations
 
 import contextvars
+import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from . import _call, _logs, _resident, _ring, _segment
 from ._fd import Fd
@@ -169,8 +170,17 @@ def _too_large_from_the_start(size: int, limit: int) -> str:
     )
 
 
+def _leave(outcome: Outgoing) -> NoReturn:
+    """End a process that a task forked and that has come back from it: it is no worker, and must not answer."""
+    kind, *rest = _call.decode(outcome) if isinstance(outcome, bytes) else (_call.DONE,)
+    if kind != _call.DONE:
+        os.write(2, f"in a process that a task forked:\n{rest[0]}".encode())
+    os._exit(kind != _call.DONE)
+
+
 def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, enough: float | None) -> None:
     now = time.perf_counter_ns
+    own = os.getpid()
     number = 0
     while True:
         incoming: Incoming | None = tasks._take(True, None)
@@ -187,6 +197,8 @@ def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, enough: floa
             begun = now()
             assert incoming is not None
             outcome = _call.outcome_of(incoming)
+            if os.getpid() != own:
+                _leave(outcome)
             cell[BUSY] += now() - begun
         # Not kept while waiting for the next.
         incoming = None

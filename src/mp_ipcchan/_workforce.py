@@ -12,8 +12,9 @@ from typing import Any
 
 from . import _call, _outcome
 from ._engine import Engine
-from ._executor import ProcessPoolExecutor
+from ._executor import ProcessPoolExecutor, _Submits
 from ._foreign import Bound, Initializer, Serial, from_bytes, run_encoded, run_here, to_bytes
+from ._stats import WorkerStats
 from ._task import Task
 from ._ticket import Ticket
 
@@ -94,6 +95,9 @@ class OwnWorkers:
 
     def window(self) -> int:
         return self.engine.window
+
+    def stats(self) -> list[WorkerStats]:
+        return self.engine.stats()
 
     def workers(self) -> list[BaseProcess]:
         return self.engine.processes()
@@ -211,6 +215,11 @@ class ForeignWorkers:
 
     def window(self) -> int:
         return 2
+
+    def stats(self) -> list[WorkerStats]:
+        """Of workers of ours; nothing is known of others'."""
+        executor = self._executor
+        return executor.stats() if isinstance(executor, _Submits) else []
 
     def workers(self) -> list[BaseProcess]:
         return []

@@ -288,3 +288,19 @@ def add(x: int, y: int = 0) -> int:
 def touch(path: str) -> None:
     with open(path, "x"):
         pass
+
+
+def fork_and_fail() -> str:
+    child = os.fork()
+    if not child:
+        raise OSError("exec failed")
+    os.waitpid(child, 0)
+    return "parent"
+
+
+def fork_and_return() -> str:
+    child = os.fork()
+    if not child:
+        return "child"
+    os.waitpid(child, 0)
+    return "parent"

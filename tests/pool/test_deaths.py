@@ -288,3 +288,12 @@ def test_no_orphans_while_a_task_holds_the_interpreter(start_method: str) -> Non
         assert len(pids) == 2
         parent.kill()
     assert eventually(lambda: not any(map(runs, pids)), 3)
+
+
+def test_task_whose_child_comes_back() -> None:
+    """A process that a task forked and that raises, or returns, is no worker: it ends, and answers nobody."""
+    context: Any = multiprocessing.get_context("ipcchan_fork")
+    with ProcessPoolExecutor(1, context) as executor:
+        for way in (tasks.fork_and_fail, tasks.fork_and_return):
+            futures = [executor.submit(way), *[executor.submit(tasks.square, x) for x in range(8)]]
+            assert [future.result(LIMIT) for future in futures] == ["parent", *[x * x for x in range(8)]]

@@ -56,7 +56,13 @@ def test_results(pool: Any) -> None:
         assert sorted(pool.imap_unordered(tasks.square, iter(range(300)), chunksize)) == expected
     assert list(itertools.islice(pool.imap(tasks.square, itertools.count()), 50)) == expected[:50]
     assert pool.map(lambda x: x + 1, range(5)) == [1, 2, 3, 4, 5]
-    assert pool.stats() == []
+
+
+def test_stats(pool: Any, engine: Executor) -> None:
+    """Of workers of ours; nothing is known of others'."""
+    pool.map(tasks.square, range(10))
+    assert [one.state for one in pool.stats()] == ["idle"] * len(pool.stats())
+    assert bool(pool.stats()) == isinstance(engine, ProcessPoolExecutor)
 
 
 def test_failures(pool: Any) -> None:

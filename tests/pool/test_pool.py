@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 
 from mp_ipcchan import Pool, SerializationError, TaskTimeoutError, WorkerLostError, install, uninstall
 
+from ..conformance._support import InThread
 from . import _tasks as tasks
 from ._support import LIMIT, eventually, runs
 
@@ -676,3 +678,32 @@ def test_endpoints_travel_in_tasks(forked: Any) -> None:
         assert rx.recv(LIMIT) == [1, 2]
         forked.starmap(tasks.send_through, [(tx, x) for x in range(5)])
         assert sorted(rx.recv(LIMIT) for _ in range(5)) == list(range(5))
+
+
+@pytest.mark.parametrize("call", ["map", "imap", "imap_unordered"])
+def test_interrupted_calls_leave_nothing_to_wait_for(forked: Any, call: str) -> None:
+    """Ctrl-C while they wait: the pool goes on, and its end comes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(3):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                deque(getattr(forked, call)(tasks.sleep, [0.2] * 4), maxlen=0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert forked.map(tasks.square, range(5)) == [0, 1, 4, 9, 16]
+    forked.close()
+    InThread(forked.join).result()
+
+
+def test_arguments_that_are_none(forked: Any) -> None:
+    """``get`` raises, as in the stdlib, and there is nothing to wait for at the end."""
+    with pytest.raises(TypeError):
+        forked.apply_async(abs, 5).get(LIMIT)
+    forked.close()
+    InThread(forked.join).result()
