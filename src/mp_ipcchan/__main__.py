@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__
 from ._message import CHANNEL_BUFFER, INLINE_SIZE
-from ._segment_pool import MOST_BYTES
+from ._segments._segment_pool import MOST_BYTES
 from ._transport import unix
 
 

@@ -18,7 +18,7 @@ from itertools import repeat
 from typing import Any
 
 from ._channel import channel
-from ._executor import ProcessPoolExecutor as OurExecutor
+from ._pools._executor import ProcessPoolExecutor as OurExecutor
 
 _ROUNDS = 5
 _WORKERS = 2

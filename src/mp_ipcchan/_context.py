@@ -18,13 +18,14 @@ from multiprocessing import context as stdlib
 from multiprocessing import spawn
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import _connection, _queue
+from . import _connection
 from ._process import ForkProcess, ForkServerProcess, SpawnProcess
+from ._queues import _queue
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from ._pool import Pool
+    from ._pools._pool import Pool
 
 #: The factories that differ between contexts; all others of the stdlib take the context as an argument.
 FACTORIES = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe", "Pool")
@@ -62,7 +63,7 @@ class _Factories:
     ) -> Pool:
         """A pool of workers; see ``mp_ipcchan.Pool``."""
         # Imported late: a program without pools needs none of it, and the pool stands above the contexts.
-        made: type[Pool] = importlib.import_module("._pool", __package__).Pool
+        made: type[Pool] = importlib.import_module("._pools._pool", __package__).Pool
         return made(
             processes,
             initializer,

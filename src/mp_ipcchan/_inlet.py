@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice, repeat, starmap, takewhile
 from typing import TypeAlias
 
-from . import _segment_pool
 from ._deadline import wait_for
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
-from ._segment_cache import SegmentCache
+from ._segments import _segment_pool
+from ._segments._segment_cache import SegmentCache
 from ._transport._spill import Spill
 from ._transport.unix import (
     AT_ONCE,

@@ -24,8 +24,8 @@ from itertools import accumulate, islice, repeat, starmap, takewhile
 from . import _drainer
 from ._deadline import deadline_in, remaining, wait_for
 from ._message import INLINE_SIZE, Message, Outgoing
-from ._segment import check_limit
-from ._segment_pool import SegmentPool, release_all
+from ._segments._segment import check_limit
+from ._segments._segment_pool import SegmentPool, release_all
 from ._transport._frame import pack
 from ._transport._spill import Spill
 from ._transport.unix import MSG_NOSIGNAL, SEND_FLAGS, transmit

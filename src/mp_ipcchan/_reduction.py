@@ -17,16 +17,17 @@ from multiprocessing import context, resource_sharer
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from . import _codec, _queue_travel  # noqa: F401  (registers how queues travel)
+from . import _codec
 from ._connection import Connection
 from ._fd import Fd, FdHandle
 from ._message import HandleKind
 from ._opaque import OpaqueReceiver, OpaqueSender
 from ._process import Launch
-from ._queue import JoinableQueue, Queue, SimpleQueue
+from ._queues import _queue_travel  # noqa: F401  (registers how queues travel)
+from ._queues._queue import JoinableQueue, Queue, SimpleQueue
 from ._receiver import BytesReceiver, Receiver
+from ._segments._shared_memory import SharedMemory
 from ._sender import BytesSender, Sender
-from ._shared_memory import SharedMemory
 
 
 def _reduce(pack: _codec.Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:

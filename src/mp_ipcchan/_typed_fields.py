@@ -10,13 +10,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from . import _codec, _shared_memory
+from . import _codec
 from ._channel import attach, copying_handle, detach, sending_link
 from ._fd import Fd, FdHandle
 from ._message import KNOWN_KINDS, MAX_BUFFERS, PACKET_SIZE, PLAIN, Handle, HandleKind, release_all
 from ._receiver import BytesReceiver, Receiver
+from ._segments import _shared_memory
+from ._segments._shared_memory import SharedMemory
 from ._sender import BytesSender, Sender
-from ._shared_memory import SharedMemory
 from ._typed_codec import TypedCodec, register
 from .errors import ProtocolError
 

@@ -31,7 +31,7 @@ from mp_ipcchan import (
     bytes_channel,
     channel,
 )
-from mp_ipcchan import _router as module
+from mp_ipcchan._sets import _router as module
 
 from ._support import (
     LIMIT,

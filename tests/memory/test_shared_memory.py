@@ -27,7 +27,7 @@ from mp_ipcchan import (
     SimpleQueue,
     channel,
 )
-from mp_ipcchan._segment import create_blank
+from mp_ipcchan._segments._segment import create_blank
 
 from ..conformance._support import LIMIT, MIB, open_descriptors, room_for
 from ..processes._support import METHODS, context_of, started

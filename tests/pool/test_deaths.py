@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor, WorkerLostError, channel
-from mp_ipcchan._resident import OutOfMemoryKills, readable
+from mp_ipcchan._pools._resident import OutOfMemoryKills, readable
 
 from . import _tasks as tasks
 from ._support import LIMIT, eventually, runs, workers
@@ -146,7 +146,7 @@ def test_pool_whose_workers_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -
 
 def test_unsendable_arguments_fail_their_own_task(forked: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where this process has no descriptor left for a large message, that is what the task fails with."""
-    from mp_ipcchan import _segment
+    from mp_ipcchan._segments import _segment
 
     assert forked.submit(tasks.square, 1).result(LIMIT) == 1
 
@@ -245,7 +245,7 @@ def test_memory_of_a_running_task(context: Any) -> None:
 def test_memory_that_is_kept_between_tasks() -> None:
     """The worker is replaced, and no task is the worse for it."""
     context: Any = multiprocessing.get_context("ipcchan_fork")
-    from mp_ipcchan._resident import resident
+    from mp_ipcchan._pools._resident import resident
 
     with ProcessPoolExecutor(1, context) as executor:
         size = executor.submit(resident).result(LIMIT)

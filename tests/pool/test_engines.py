@@ -315,7 +315,7 @@ def test_nobody_answers() -> None:
         unheard.bind(("127.0.0.1", 0))
         port = unheard.getsockname()[1]
         code = (
-            "import multiprocessing, mp_ipcchan, mp_ipcchan._engine_url as url\n"
+            "import multiprocessing, mp_ipcchan, mp_ipcchan._pools._engine_url as url\n"
             "url._PATIENCE = 0.5\n"
             "try:\n"
             "    multiprocessing.get_context('ipcchan').Pool(1)\n"

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from mp_ipcchan import ProcessPoolExecutor, _variables, channel
+from mp_ipcchan import ProcessPoolExecutor, channel
+from mp_ipcchan._pools import _variables
 
 from . import _tasks as tasks
 from ._support import LIMIT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mp_ipcchan._schedule import Schedule
+from mp_ipcchan._pools._schedule import Schedule
 
 
 def _schedule(lanes: int, tasks: int, estimate: float | None = None) -> Schedule[int]:

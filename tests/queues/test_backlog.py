@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mp_ipcchan import Fd, JoinableQueue, Queue, Receiver, Sender, SimpleQueue, channel
-from mp_ipcchan._ends import Ends
+from mp_ipcchan._queues._ends import Ends
 
 from ._support import LIMIT, MANY, STOP, AnyQueue, Crew, collect, end_of, is_asleep, kill, put_all, take, until
 

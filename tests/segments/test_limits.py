@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mp_ipcchan import Receiver, Sender, SimpleQueue, _segment, channel
+from mp_ipcchan import Receiver, Sender, SimpleQueue, channel
+from mp_ipcchan._segments import _segment
 
 from ..conformance._support import LIMIT, pattern
 from ..processes._support import context_of, running, started

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mp_ipcchan import Queue, Receiver, Sender, _segment_pool, channel
+from mp_ipcchan import Queue, Receiver, Sender, channel
+from mp_ipcchan._segments import _segment_pool
 
 from ..conformance._support import LIMIT
 from ..processes._support import context_of, eventually, kill, running, started

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mp_ipcchan import Empty, Receiver, Sender, _memory, _segment_cache, _segment_pool, bytes_channel, channel
+from mp_ipcchan import Empty, Receiver, Sender, bytes_channel, channel
+from mp_ipcchan._segments import _memory, _segment_cache, _segment_pool
 
 from ..conformance._support import LIMIT, InThread
 from ._support import KIB, MIB, array, check, descriptors, kept, mapped

@@ -29,7 +29,7 @@ from mp_ipcchan import (
     channel,
 )
 from mp_ipcchan._message import INLINE_SIZE, PACKET_SIZE, PLAIN, HandleKind
-from mp_ipcchan._segment import create_blank
+from mp_ipcchan._segments._segment import create_blank
 from mp_ipcchan._transport._frame import CARRIER_FLAG, SEGMENT_FLAG, FrameKind, head, pack, record
 from mp_ipcchan._typed_codec import codec_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 
-from mp_ipcchan import _ring
+from mp_ipcchan._pools import _ring
 
 
 def _pair() -> tuple[_ring.Writer, _ring.Reader]:

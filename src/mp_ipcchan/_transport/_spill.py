@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from itertools import pairwise, starmap
 from typing import Any
 
-from .. import _segment
 from .._message import (
     CHANNEL_BUFFER,
     MAX_BUFFERS,
@@ -35,6 +34,7 @@ from .._message import (
     Outgoing,
     Parcel,
 )
+from .._segments import _segment
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, Carrier, check_room, descriptors_in, load, send_rights, too_many, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices

@@ -17,24 +17,14 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from .. import _segment, _segment_pool
 from .._message import PACKET_SIZE, PLAIN, Buffer, Descriptors, Incoming, Message, Outgoing, Parcel
-from .._segment_cache import SegmentCache
-from .._segment_pool import SegmentPool
+from .._segments import _segment, _segment_pool
+from .._segments._segment_cache import SegmentCache
+from .._segments._segment_pool import SegmentPool
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, descriptors_in, load, rights, too_many, unload
 from ._carrier import SEND_FLAGS as SEND_FLAGS
-from ._frame import (
-    CARRIER_FLAG,
-    HEADER_SIZE,
-    SEGMENT_FLAG,
-    Frame,
-    FrameKind,
-    head,
-    parse,
-    slices,
-    unpack,
-)
+from ._frame import CARRIER_FLAG, HEADER_SIZE, SEGMENT_FLAG, Frame, FrameKind, head, parse, slices, unpack
 from ._spill import Spill
 
 #: Asked for on a pipe: as much as an unprivileged process gets by default, and more than the stdlib's holds.

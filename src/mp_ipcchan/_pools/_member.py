@@ -1,0 +1,247 @@
+"""A worker as its parent knows it: the process, the channels to and from it, and the cell that both share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from typing import Any
+
+from .._channel import channel
+from .._inlet import EndOfStream
+from .._message import Incoming, Outgoing
+from .._receiver import Receiver
+from .._sender import Sender
+from ..errors import ProtocolError
+from . import _call
+from ._lifeline import interrupts_held_back
+from ._ring import Reader, fence
+from ._task import Task
+from ._worker import ANSWERED, BUSY, HEAD, INITIALIZING, LOGGED, STARTED, TAIL, TAKEN_FROM, TAKEN_TO, Cells, work
+
+#: How long to wait (seconds) for an exit code that another thread is just collecting.
+_EXIT_PATIENCE = 1.0
+
+STARTING, OPEN, ENDING = range(3)
+
+
+class Member:
+    """Owns the channels' ends, the pidfd, and the words of its cell."""
+
+    __slots__ = (
+        "_cell",
+        "_heard",
+        "_ring",
+        "busy",
+        "fault",
+        "head_since",
+        "levels",
+        "logged",
+        "pid",
+        "pidfd",
+        "process",
+        "results",
+        "slot",
+        "state",
+        "tasks",
+    )
+
+    def __init__(
+        self, process: Any, pidfd: int, tasks: Sender[Any], results: Receiver[Any], cells: Cells, slot: int
+    ) -> None:
+        self.process = process
+        self.pid: int = process.pid
+        self.pidfd = pidfd
+        self.tasks = tasks
+        self.results = results
+        self.slot = slot
+        self._cell = cells.cell(slot)
+        self._ring = Reader(cells.ring(slot), self._cell, HEAD, TAIL)
+        #: How many outcomes it has sent, as far as received.
+        self._heard = 0
+        self.state = STARTING
+        #: Since when (monotonic seconds) its first unanswered task has been that.
+        self.head_since = 0.0
+        #: Nanoseconds of work that it had reported when last looked at.
+        self.busy = 0
+        #: How many log records it had sent when last looked at, and which levels it knows.
+        self.logged = 0
+        self.levels: object = None
+        #: What the task that ran is to fail with, where we killed the worker for it.
+        self.fault: BaseException | None = None
+
+    @classmethod
+    def start(cls, context: Any, cells: Cells, slot: int, *args: Any) -> Member:
+        """Start a worker; ``args`` are what ``work`` takes behind the slot. Raises what starting a process raises."""
+        cell = cells.cell(slot)
+        for word in range(len(cell)):
+            cell[word] = 0
+        tasks_tx, tasks_rx = channel()
+        results_tx, results_rx = channel()
+        process = context.Process(target=work, args=(tasks_rx, results_tx, slot, *args))
+        try:
+            with results_tx, tasks_rx, interrupts_held_back(context.get_start_method()):
+                process.start()
+            pidfd = os.pidfd_open(process.pid)
+        except BaseException:
+            tasks_tx.close()
+            results_rx.close()
+            raise
+        return cls(process, pidfd, tasks_tx, results_rx, cells, slot)
+
+    @property
+    def results_fd(self) -> int:
+        return self.results._open_link().fileno()
+
+    # -- tasks and outcomes ------------------------------------------------------------------
+
+    def send(self, tasks: list[Task]) -> tuple[int, OSError | None]:
+        """Send ``tasks`` in order: how many have gone, and why the next one could not be, if that is its own fault.
+
+        A worker that has died takes everything: its death tells what becomes of it.
+        """
+        outlet = self.tasks._open_link().outlet
+        frames: list[bytes] = []
+        sent = 0
+        try:
+            for task in tasks:
+                item = task.item
+                if isinstance(item, bytes):
+                    frames.append(item)
+                    continue
+                outlet.send_all(frames)
+                sent += len(frames)
+                frames = []
+                outlet.send(item)
+                sent += 1
+            outlet.send_all(frames)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except OSError as error:
+            # No descriptors or no memory left for a message that needs its own.
+            return sent, error
+        return len(tasks), None
+
+    def tell(self, item: Outgoing) -> None:
+        """Send a message, if the worker is there to hear it."""
+        try:
+            self.tasks._open_link().outlet.send(item)
+        except OSError:
+            pass
+
+    def receive(self, readable: bool) -> tuple[deque[Incoming], bool]:
+        """What it has sent, in order, and whether that was the end. ``readable``: whether its channel is."""
+        found: deque[Any] = deque()
+        ended = False
+        while True:
+            before = len(found)
+            self._ring.take(self._heard, found)
+            self._heard += len(found) - before
+            # A gap in the ring: the next one came by the channel.
+            if not readable and not self._ring:
+                break
+            packets, ended = self._receive_packets()
+            if not packets:
+                break
+            if packets[0] == _call.WAKE_FRAME:
+                # The one that it is beside was in the ring; another may be behind it.
+                continue
+            readable = False
+            found.extend(packets)
+            if self.state != STARTING:
+                self._heard += len(packets)
+        self._cell[ANSWERED] = self._heard
+        return found, ended
+
+    def _receive_packets(self) -> tuple[deque[Any], bool]:
+        """The next that came by the channel, and whether there was the end instead."""
+        found: deque[Any] = deque()
+        inlet = self.results._open_link().inlet
+        try:
+            inlet.take_what_is_there(found, 1)
+        except EndOfStream:
+            return found, True
+        except ProtocolError:
+            # A task wrote to descriptors that are not its own; nothing it sends can be trusted.
+            self.kill()
+        except OSError as error:
+            # This process has no room for the descriptors of a result: that is lost, and its task with it.
+            found.append(_call.failure(_call.RAISED, error))
+        return found, False
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to receive that nothing wakes for."""
+        return bool(self._ring)
+
+    # -- the cell ----------------------------------------------------------------------------
+
+    @property
+    def started(self) -> int:
+        """How many tasks it has begun."""
+        return self._cell[STARTED]
+
+    @property
+    def initializing(self) -> bool:
+        return bool(self._cell[INITIALIZING])
+
+    def newly_busy(self) -> float:
+        """The seconds it has worked since this was asked last."""
+        before, self.busy = self.busy, self._cell[BUSY]
+        return (self.busy - before) / 1e9
+
+    def busy_seconds(self) -> float:
+        """The seconds it has worked."""
+        return self._cell[BUSY] / 1e9
+
+    def has_logged(self) -> bool:
+        """Whether it has sent log records since this was asked last."""
+        before, self.logged = self.logged, self._cell[LOGGED]
+        return self.logged != before
+
+    def recall(self, answered: int, first: int, total: int) -> int:
+        """Tell it not to begin the tasks from number ``first`` up to ``total`` (counted over its life).
+
+        ``answered`` tasks are. The number of the first that it will really not begin.
+        """
+        if answered < self._cell[TAKEN_TO]:
+            # It has not come past those that were taken back before; it knows one stretch, so what is between joins.
+            first = self._cell[TAKEN_FROM]
+        self._cell[TAKEN_FROM] = first
+        self._cell[TAKEN_TO] = total
+        # Asked after it was told, as the worker tells before it asks.
+        fence()
+        return max(first, self._cell[STARTED])
+
+    # -- its end -----------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End it at once. By the pidfd: its number may be another's under forkserver."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def join(self) -> int | None:
+        """The exit code, after it has died. None where somebody else has collected it and doesn't tell."""
+        self.process.join()
+        deadline = time.monotonic() + _EXIT_PATIENCE
+        code: int | None = self.process.exitcode
+        while code is None and time.monotonic() < deadline:
+            # ``multiprocessing.active_children`` in another thread, perhaps: it has it in a moment.
+            time.sleep(0.001)
+            code = self.process.exitcode
+        if code is not None:
+            self.process.close()
+        return code
+
+    def close(self) -> None:
+        """Give everything up at once: a traceback that somebody keeps may keep this object."""
+        self.tasks.close()
+        self.results.close()
+        self._ring.close()
+        self._cell.release()
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)

@@ -1,0 +1,94 @@
+"""Outcomes that have come back: what becomes of the task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .._message import Incoming
+from ..errors import SerializationError
+from . import _call
+from ._task import Task
+
+#: Makes what a task fails with whose result can't be encoded, of the reason and the result's ``repr``.
+Unsendable = Callable[[BaseException, str], BaseException]
+
+
+def settle(
+    task: Task,
+    incoming: Incoming,
+    remote_traceback: Callable[[Any], BaseException],
+    unsendable: Unsendable | None = None,
+) -> bool:
+    """End ``task`` by its outcome; False where it is to be run again instead.
+
+    Decoding is the user's code, and so are the future's callbacks: whatever they raise concerns this task alone.
+    """
+    try:
+        kind, *rest = _call.decode(incoming)
+    except BaseException as error:
+        wrapped = SerializationError(f"the result of {task.name} can't be unpickled: {error}")
+        wrapped.__cause__ = error
+        _end(task, wrapped)
+        return True
+    if kind == _call.DONE:
+        try:
+            task.succeed(rest[0])
+        except BaseException:
+            report("exception calling callback")
+        return True
+    if kind == _call.SKIPPED:
+        # It was about to begin when it was taken back, so it was left with its worker: neither ran it.
+        return False
+    if kind == _call.UNDECODED and not task.by_value and task.repeatable:
+        # The worker doesn't know the function by its name: it was defined after the worker was started.
+        try:
+            task.encode_by_value()
+            return False
+        except Exception:
+            # The worker's error says more.
+            pass
+    text, pickled, *shown = rest
+    raised = revive(text, pickled, remote_traceback)
+    if shown and unsendable is not None:
+        raised = unsendable(raised, *shown)
+    _end(task, raised)
+    return True
+
+
+def _end(task: Task, error: BaseException) -> None:
+    try:
+        task.fail(error)
+    except BaseException:
+        report("exception calling callback")
+
+
+def fail(tasks: list[tuple[Task, BaseException]]) -> None:
+    """End tasks with an error each."""
+    for task, error in tasks:
+        _end(task, error)
+
+
+def report(what: str) -> None:
+    """Log the exception that is being handled, which code of the user's has raised in a thread of ours."""
+    logging.getLogger("concurrent.futures").exception(what)
+
+
+def revive(text: str, pickled: bytes | None, remote_traceback: Callable[[Any], BaseException]) -> BaseException:
+    """The exception that a task raised, with the traceback of the worker as its cause."""
+    error: object
+    if pickled is None:
+        error = SerializationError("the task raised an exception that can't be pickled; its traceback is the cause")
+    else:
+        try:
+            error = _call.decode(pickled)
+        except BaseException as reason:
+            error = SerializationError(f"the task raised an exception that can't be unpickled ({reason})")
+        if not isinstance(error, BaseException):
+            error = SerializationError(
+                f"the task raised an exception whose pickle makes {type(error).__name__!r} of it"
+            )
+    assert isinstance(error, BaseException)
+    error.__cause__ = remote_traceback(text)
+    return error

@@ -1,0 +1,119 @@
+"""Tasks of a pool, their futures, and how they fail."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import InvalidStateError
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from .._message import Message, Outgoing
+from ..errors import IpcError
+from . import _call, _variables
+from ._future import Future
+from ._schedule import ALONE
+from ._ticket import Ticket
+
+
+class WorkerLostError(IpcError, BrokenProcessPool):
+    """The worker that ran a task died, and that task alone is lost. The pool goes on.
+
+    ``pid``: of the worker. ``exitcode``: as ``Process.exitcode``. ``signal``: the name of the signal that
+    killed it, such as "SIGKILL", or None. ``function``: the name of the task's function.
+    """
+
+    def __init__(self, pid: int, exitcode: int | None, function: str, hint: str = "") -> None:
+        # All of them as arguments, so that the error can be pickled.
+        super().__init__(pid, exitcode, function, hint)
+        self.pid = pid
+        self.exitcode = exitcode
+        self.function = function
+        self.hint = hint
+        self.signal: str | None = _signal_name(exitcode)
+
+    def __str__(self) -> str:
+        how = f"was killed by {self.signal}" if self.signal else f"ended with exit code {self.exitcode}"
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"worker {self.pid} {how} while it ran {self.function}{hint}; the pool goes on"
+
+
+class TaskTimeoutError(IpcError, TimeoutError):
+    """A task took longer than its ``timeout`` and was stopped."""
+
+
+def _signal_name(exitcode: int | None) -> str | None:
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+class Task:
+    """A call, who waits for it, and what was asked for."""
+
+    __slots__ = (
+        "args",
+        "by_value",
+        "function",
+        "future",
+        "item",
+        "options",
+        "repeatable",
+        "retries",
+        "size",
+        "timeout",
+        "variables",
+    )
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        options: Mapping[str, Any],
+        timeout: float | None = None,
+        retries: int = 0,
+        future: Future[Any] | Ticket | None = None,
+    ) -> None:
+        self.function, self.args, self.options = function, args, options
+        self.timeout = timeout
+        self.retries = retries
+        #: Who waits.
+        self.future: Future[Any] | Ticket = Future() if future is None else future
+        self.by_value = False
+        self.variables = _variables.current()
+        self.item: Outgoing = _call.encode_call(function, args, options, self.variables)
+        #: Whether it can be sent twice: what a message carries along moves with the first.
+        self.repeatable = not isinstance(self.item, Message) or not self.item.handles
+        #: Its weight. One that can't be sent twice can't be taken back, so it waits behind none.
+        self.size = len(self.item) if self.repeatable else ALONE
+
+    def encode_by_value(self) -> None:
+        """Let the function that the user gave travel by value."""
+        self.item = _call.encode_by_value(self.function, self.args, self.options, self.variables)
+        self.size = len(self.item)
+        self.by_value = True
+
+    def succeed(self, result: object) -> None:
+        """End well; what was cancelled meanwhile stays so."""
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:
+            pass
+        self.future._forget()
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error; what was cancelled meanwhile stays so."""
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            pass
+        self.future._forget()
+
+    @property
+    def name(self) -> str:
+        """The name of the user's function, for messages."""
+        function = self.args[0] if self.function in _call.runners else self.function
+        return getattr(function, "__qualname__", None) or repr(function)

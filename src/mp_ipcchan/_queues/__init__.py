@@ -1,0 +1,1 @@
+"""Queues: many processes put, many take, none locks."""

@@ -1,0 +1,1 @@
+"""Memory that messages and processes share: segments, and SharedMemory on them."""

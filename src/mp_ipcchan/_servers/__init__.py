@@ -1,0 +1,1 @@
+"""Names at which processes that don't know each other meet."""

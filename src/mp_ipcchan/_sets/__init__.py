@@ -1,0 +1,1 @@
+"""Many receivers at once: undecoded messages, sets of receivers, and callbacks."""
