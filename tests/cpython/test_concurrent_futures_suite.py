@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-RUNNER = Path(__file__).parent / "run_concurrent_futures.py"
-#: How long (seconds) one run may take.
-LIMIT = 900
+from ._run import run
 
 #: Tests of the stdlib's executor that ours means to differ from, and why: by their class's and their own name's end.
 DEVIATIONS = {
@@ -54,28 +47,7 @@ def _is_shipped() -> bool:
 
 
 def _run(method: str, *options: str) -> dict[str, Any]:
-    """One run; its report. The child processes are in a session of their own, so that none outlives it unseen."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    process = subprocess.Popen(
-        [sys.executable, str(RUNNER), method, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            out, err = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            pytest.fail(f"the run did not end:\n{err[-5000:]}")
-    lines = out.splitlines()
-    assert lines, err[-5000:]
-    report: dict[str, Any] = json.loads(lines[-1])
-    report["err"] = err
-    return report
+    return run("run_concurrent_futures.py", method, *options)
 
 
 @pytest.mark.cpython

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-RUNNER = Path(__file__).parent / "run_multiprocessing.py"
+from ._run import run
 
 #: Tests of the stock behaviour that we mean to differ from, and why. At most five.
 DEVIATIONS = {
@@ -28,28 +23,8 @@ DEVIATIONS = {
 
 
 def _run(method: str, *options: str) -> dict[str, Any]:
-    """One run; its report. The child processes are in a session of their own, so that none outlives it unseen."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    process = subprocess.Popen(
-        [sys.executable, str(RUNNER), method, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            out, err = process.communicate(timeout=900)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            pytest.fail(f"the run did not end:\n{err[-5000:]}")
-    lines = out.splitlines()
-    assert lines, err[-5000:]
-    report: dict[str, Any] = json.loads(lines[-1])
-    report["err"] = err
-    assert report["sound"], err[-5000:]
+    report = run("run_multiprocessing.py", method, *options)
+    assert report["sound"], report["err"][-5000:]
     return report
 
 
