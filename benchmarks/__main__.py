@@ -101,6 +101,7 @@ def _run_cases(cases: Sequence[Case], options: argparse.Namespace, done: Done) -
 
 def _draw(document: dict[str, Any], folder: Path) -> None:
     for name, drawing in plots.draw(document).items():
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(drawing)
 
 
