@@ -35,7 +35,7 @@ PACK_SIZE = 16384
 #: No more messages than this are packed together, however small.
 _MOST_PACKED = 2048
 #: How much more must wait (bytes) before a sender tries again: an attempt costs a system call.
-_STEP = 2048
+_STEP = 16384
 #: How many messages go out one packet each in one go.
 _MOST_IN_A_RUN = 64
 #: A sender who sends at least so many at once is taken to send many more.
@@ -59,17 +59,16 @@ class Outlet:
         "_emptied",
         "_pause",
         "_refusal",
-        "_retry_at",
         "_sock",
         "_staged",
         "_tries",
         "_vain_tries",
-        "_waiting",
         "backlog",
         "delivered",
         "helped",
         "lock",
         "packs",
+        "room",
         "segments",
         "send_raw",
     )
@@ -89,10 +88,8 @@ class Outlet:
         self._acks: list[object] = []
         #: What ``_next`` said. A packet is kept when the kernel refuses: it needn't be packed again.
         self._staged: tuple[list[Outgoing], Outgoing | None] | None = None
-        #: Bytes in the backlog.
-        self._waiting = 0
-        #: Appending tries to send again once this many bytes wait.
-        self._retry_at = _STEP
+        #: How many bytes more may wait before whoever appends them tries to send again.
+        self.room: int = _STEP
         self._pause = _SHORTEST_PAUSE
         #: How often ``insist`` tries, and how often that was in vain.
         self._tries = _MOST_TRIES
@@ -247,10 +244,10 @@ class Outlet:
                 self.backlog.append(item)
             else:
                 accepted.extend(map(self.backlog.append, (item,)))
-            self._waiting += size
+            self.room -= size
             if not served:
                 self.spill()
-            elif self._waiting >= self._retry_at:
+            elif self.room <= 0:
                 # The sender lends a hand, or it would keep the interpreter to itself while the reader starves. Where
                 # messages are packed it leaves the last: what it sends next then waits for the next pack, and doesn't
                 # cost a packet each. When it stops, the thread sends what is left. Large ones gain nothing by that.
@@ -259,7 +256,7 @@ class Outlet:
                 except OSError:
                     # The receiver is gone; the next ``send`` will say so.
                     pass
-                self._retry_at = self._waiting + _STEP
+                self.room = _STEP
 
     def drain(self, leave: int = 0) -> bool:
         """Send what the kernel takes now, but for the last ``leave`` messages; whether nothing waits any more.
@@ -322,9 +319,7 @@ class Outlet:
         if not 0 < count <= len(self.backlog) or self.backlog[count - 1] is not items[count - 1]:
             # A signal's handler raised when it was removed already.
             count = 0
-        size = sum(map(len, items[:count]))
         self._remove(count)
-        self._waiting -= size
         self._staged = None
         self._acks.clear()
         if isinstance(packet, Message):
@@ -338,7 +333,6 @@ class Outlet:
     def _recover(self) -> None:
         """A signal's handler raised when a packet had been sent and not been removed: remove it now."""
         count = self._remove_sent()
-        self._waiting = sum(map(len, self._first(None)))
         if count and self.delivered:
             self.delivered(count)
 
@@ -388,7 +382,6 @@ class Outlet:
             if isinstance(item, Message):
                 # ``send`` returned: what moved with it is gone.
                 item.sent()
-        self._waiting = 0
         if self.delivered:
             self.delivered(dropped)
         self._finish()
@@ -437,7 +430,6 @@ class Outlet:
             rest.close()
         self._remove(len(items))
         self._staged = None
-        self._waiting = sum(map(len, self._first(None)))
         for item in items:
             if isinstance(item, Message):
                 item.sent()
@@ -458,7 +450,6 @@ class Outlet:
             item = self.backlog.popleft()
             if not isinstance(item, bytes):
                 item.sent()
-        self._waiting = 0
         self._staged = None
         self._acks.clear()
 

@@ -59,13 +59,21 @@ class SenderBase(Endpoint, Generic[T_contra]):
             if timeout is None:
                 if item.__class__ is not bytes:
                     outlet.send(item)
-                elif not outlet.backlog:
+                    return
+                size = len(item)
+                backlog = outlet.backlog
+                if not backlog:
                     # The usual case, without further calls.
                     try:
                         outlet.send_raw(item, SEND_FLAGS)
                     except BlockingIOError:
                         outlet.send(item)
-                elif len(item) < LARGE:
+                elif size < outlet.room:
+                    # Somebody is about to send what waits, and will find this behind it: nothing has been called
+                    # since it was seen to wait, so no other thread has taken it away meanwhile.
+                    outlet.room -= size
+                    backlog.append(item)
+                elif size < LARGE:
                     outlet.defer(item)
                 else:
                     outlet.send(item)

@@ -38,6 +38,34 @@ def test_one_thread_sends_all_before_it_receives_any() -> None:
         assert [rx.recv(LIMIT) for _ in range(MANY)] == list(range(MANY))
 
 
+@pytest.mark.parametrize("reads", [True, False], ids=["at once", "at the end"])
+def test_threads_in_a_burst_keep_their_order_each(reads: bool) -> None:
+    """They append behind what waits without a lock, while the process's thread and the others take it away."""
+    threads, each = 4, 20_000
+    tx, rx = channel()
+    begin = threading.Barrier(threads + 1)
+    received: list[tuple[int, int]] = []
+
+    def send(thread: int) -> None:
+        begin.wait(LIMIT)
+        for number in range(each):
+            tx.send((thread, number))
+
+    with tx, rx:
+        senders = [threading.Thread(target=send, args=(thread,)) for thread in range(threads)]
+        for sender in senders:
+            sender.start()
+        begin.wait(LIMIT)
+        if not reads:
+            for sender in senders:
+                sender.join()
+        received += [rx.recv(LIMIT) for _ in range(threads * each)]
+        for sender in senders:
+            sender.join()
+    for thread in range(threads):
+        assert [number for by, number in received if by == thread] == [*range(each)]
+
+
 @pytest.mark.parametrize("burst", [300, 1_000, 5_000])
 def test_rest_of_a_burst_arrives_by_itself(burst: int) -> None:
     """A sender in a burst sends in packs. What it has left behind when it stops arrives without another call."""
