@@ -18,7 +18,7 @@ from multiprocessing import parent_process, util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._outlet import Outlet
+    from ._backlog import Backlog
 
 #: How long to wait (seconds) when the kernel refuses though the socket has room: too many descriptors
 #: in flight, or memory ran short; no event tells when that ends.
@@ -29,7 +29,7 @@ _BREATH = 0.0003
 
 _lock = threading.RLock()
 #: Who has, or is about to have, something to send; and the descriptor to poll.
-_waiting: dict[Outlet, int] = {}
+_waiting: dict[Backlog, int] = {}
 #: Whether the thread was started, and has not decided to end.
 _running = False
 #: Who it is (threading.get_ident).
@@ -45,7 +45,7 @@ before_rest: list[Callable[[], None]] = []
 _ending = False
 
 
-def add(outlet: Outlet) -> bool:
+def add(outlet: Backlog) -> bool:
     """See to it that ``outlet``'s backlog, whose lock is held, is sent; it may still be empty.
 
     False where no thread can do it. Raises ``OSError`` where there is no descriptor for one.
@@ -92,7 +92,7 @@ def _start() -> bool:
     return True
 
 
-def remove(outlet: Outlet) -> None:
+def remove(outlet: Backlog) -> None:
     """``outlet`` has nothing to send any more.
 
     The thread must hear of it at once: while it polls a socket, the kernel keeps that socket open,
@@ -154,7 +154,7 @@ def _run() -> None:
                 time.sleep(_BREATH)
 
 
-def _writable(fds: dict[int, Outlet]) -> list[int]:
+def _writable(fds: dict[int, Backlog]) -> list[int]:
     """Wait until some of the sockets take something, or until woken; those that do."""
     poller = select.poll()
     poller.register(_wake, select.POLLIN)

@@ -7,7 +7,6 @@ interrupted (Ctrl-C) after the kernel had given it out.
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import sys
@@ -37,6 +36,7 @@ from ._transport.unix import (
     close_packet,
     open_packet,
 )
+from ._waker import Waker
 from .errors import ProtocolError
 
 __all__ = ["EndOfStream", "Inlet", "ShutMark", "Spill"]
@@ -89,7 +89,7 @@ class Inlet:
         #: Messages that wait here, the oldest first. A Spill stands for all that it still holds.
         self.ready: deque[Incoming | Spill] = deque()
         #: There once somebody has asked for ``fileno``.
-        self.waker: _Waker | None = None
+        self.waker: Waker | None = None
         #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
         #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
         self.lock: threading.RLock = threading.RLock()
@@ -348,7 +348,7 @@ class Inlet:
         over the socket and an eventfd, made when somebody first asks.
         """
         if self.waker is None:
-            self.waker = _Waker(self._sock, self.front)
+            self.waker = Waker(self._sock, self.front)
             if self.holding:
                 self.waker.set()
         return self.waker.epoll.fileno()
@@ -393,29 +393,3 @@ class Inlet:
 
 def _is_plain(one: Incoming | Spill) -> bool:
     return one.__class__ is bytes
-
-
-class _Waker:
-    """Makes the messages that wait in user space visible to ``poll`` and its like."""
-
-    def __init__(self, sock: socket.socket, front: socket.socket | None) -> None:
-        self.epoll: select.epoll = select.epoll()
-        if front is not None:
-            self.epoll.register(front.fileno(), select.EPOLLIN)
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.epoll.register(sock.fileno(), select.EPOLLIN)
-        self.epoll.register(self._event, select.EPOLLIN)
-
-    def set(self) -> None:
-        os.eventfd_write(self._event, 1)
-
-    def clear(self) -> None:
-        try:
-            os.eventfd_read(self._event)
-        except BlockingIOError:
-            pass
-
-    def close(self) -> None:
-        # The epoll set first: the socket may stay open in another process, and would go on firing.
-        self.epoll.close()
-        os.close(self._event)

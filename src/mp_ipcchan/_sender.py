@@ -7,13 +7,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 from . import _async, _codec
+from ._backlog import PACK_SIZE
 from ._deadline import deadline_in
 from ._endpoint import Endpoint
 from ._interrupt import raised_by_handler
 from ._link import Link
 from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
 from ._opaque import OpaqueSender, Origin
-from ._outlet import LARGE, PACK_SIZE
+from ._outlet import LARGE
 from ._transport.unix import SEND_FLAGS
 from ._typed_codec import TypedCodec
 from .errors import EndpointClosed, EndpointMoved, Full, ReceiverGone, SerializationError

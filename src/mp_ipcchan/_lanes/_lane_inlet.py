@@ -10,9 +10,10 @@ import os
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from .._inlet import _MOST_LOOKS, EndOfStream, Inlet, Spill, _Waker
+from .._inlet import _MOST_LOOKS, EndOfStream, Inlet, Spill
 from .._message import Incoming
 from .._segments._segment_cache import SegmentCache
+from .._waker import Waker
 from . import _switchboard
 from ._lane_frame import HEAVY, OVERHEAD, WINDOW
 from ._lane_message import cost
@@ -182,7 +183,7 @@ class LaneInlet(Inlet):
         super().close()
 
 
-class _Unasked(_Waker):
+class _Unasked(Waker):
     """Stands where nobody has asked for ``fileno``. Being there, it keeps ``recv`` from taking messages uncounted."""
 
     def __init__(self) -> None:
@@ -201,7 +202,7 @@ class _Unasked(_Waker):
 _UNASKED = _Unasked()
 
 
-class _Flag(_Waker):
+class _Flag(Waker):
     """Makes the messages of a lane visible to ``poll``."""
 
     def __init__(self, inlet: LaneInlet) -> None:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .._backlog import SHORTAGE
 from .._link import Link
 from .._message import PACKET_SIZE, Incoming, Outgoing
-from .._outlet import _SHORTAGE, Outlet
+from .._outlet import Outlet
 from . import _switchboard
 from ._lane_frame import DATA, OVERHEAD, TRAILER, WINDOW
 from ._lane_message import as_message, cost, frame
@@ -120,7 +121,7 @@ class LaneOutlet(Outlet):
             try:
                 self.link.outlet.send(item, noted)
             except OSError as error:
-                self.gone = error.errno not in _SHORTAGE
+                self.gone = error.errno not in SHORTAGE
                 raise
         elif self.trunk is not None:
             if self.passed >= self.allowed:
@@ -194,7 +195,7 @@ class LaneOutlet(Outlet):
                 if self.backlog:
                     _switchboard.retry(self._try_again)
                 raise
-            if not done and self._refusal in _SHORTAGE and not self._busy:
+            if not done and self._refusal in SHORTAGE and not self._busy:
                 _switchboard.retry(self._try_again)
         return done
 
@@ -210,7 +211,7 @@ class LaneOutlet(Outlet):
         """Whether that came to something."""
         try:
             with self.lock:
-                return super().drain() or self._refusal not in _SHORTAGE
+                return super().drain() or self._refusal not in SHORTAGE
         except OSError:
             return True
 
