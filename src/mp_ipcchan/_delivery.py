@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from . import _codec
-from ._inlet import Inlet, Spill
+from ._inlet import Inlet, NoRoom, Spill
 from ._interrupt import ATTEMPTS, raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
 from ._transport.unix import CUT, Packet
@@ -272,13 +272,11 @@ class Delivery:
             while True:
                 if len(taken) >= most:
                     return
-                if taken[-1].__class__ is Parcel and not inlet.fits():
-                    # Received now, it would lose its descriptors: those that were taken have the room.
-                    return
                 if not alone or not inlet.take_packed(taken, most):
                     taken.append(self._take(False, None))
-        except (Empty, EOFError, ShutDown):
-            # An end shows again in the next call: this one has something to return.
+        except (Empty, EOFError, ShutDown, NoRoom):
+            # An end shows again in the next call, and so does what there is no room for, which those may have that
+            # were taken: this call has something to return.
             pass
 
     def _decode(self, taken: list[Incoming], decoded: list[Any]) -> None:

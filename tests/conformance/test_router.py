@@ -42,6 +42,7 @@ from ._support import (
     bare_fork,
     fork,
     open_descriptors,
+    room_for,
 )
 
 
@@ -600,3 +601,24 @@ def test_S35_interpreter_ends_with_its_routers(state: str) -> None:
         [sys.executable, "-c", ENDING, state], env=environment, capture_output=True, timeout=LIMIT, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_message_with_files_waits_for_room(router: Router) -> None:
+    """Where there are no descriptors for what a message brings, ``on_error`` hears of it until it can be received."""
+    tx, rx = channel()
+    warm_tx, warm_rx = channel()
+    found: queue.Queue[Any] = queue.Queue()
+    errors: queue.Queue[Exception] = queue.Queue()
+    with tx, warm_tx, open(os.devnull, "rb") as file, Fd(file) as fd:
+        router.add_route(warm_rx, found.put)
+        warm_tx.send("what the router needs is open")
+        assert found.get(timeout=LIMIT) == "what the router needs is open"
+        tx.send(fd)
+        tx.send("next")
+        with room_for(0):
+            router.add_route(rx, found.put, on_error=errors.put)
+            for _ in range(2):
+                assert "still there" in str(errors.get(timeout=LIMIT))
+        with found.get(timeout=LIMIT) as received:
+            assert os.fstat(received.fileno()).st_rdev == os.fstat(file.fileno()).st_rdev
+        assert found.get(timeout=LIMIT) == "next"

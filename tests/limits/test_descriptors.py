@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import multiprocessing
 import os
 import resource
@@ -12,7 +14,19 @@ from typing import Any
 import pytest
 
 import mp_ipcchan
-from mp_ipcchan import Fd, Queue, Receiver, Sender, SerializationError, channel
+from mp_ipcchan import (
+    Fd,
+    JoinableQueue,
+    Pipe,
+    Queue,
+    Receiver,
+    Sender,
+    SerializationError,
+    SimpleQueue,
+    channel,
+)
+from tests.conformance._support import room_for
+from tests.queues._support import is_asleep, until
 
 #: Seconds that nothing here takes.
 LIMIT = 20.0
@@ -149,6 +163,101 @@ def test_many_messages_with_files_for_few_descriptors(kind: Any) -> None:
     _in_child(target, 64, source, 100)
     for end in (made,) if isinstance(made, Queue) else made:
         end.close()
+
+
+def _pipe() -> tuple[Any, Any]:
+    receiving, sending = Pipe(False)
+    return sending, receiving
+
+
+def _check_that_files_wait(ends: tuple[Any, Any], receive: Callable[[Any], Any], plain_first: int) -> None:
+    sending, receiving = ends
+    put = sending.put if hasattr(sending, "put") else sending.send
+    with closing(sending), closing(receiving), open(os.devnull, "rb") as file:
+        for number in range(plain_first):
+            put(number)
+        with Fd(file) as one, Fd(file) as other:
+            put([one, other])
+        put("next")
+        assert [receive(receiving) for _ in range(plain_first)] == list(range(plain_first))
+        for room in (0, 1):
+            with room_for(room):
+                for _ in range(3):
+                    with pytest.raises(OSError, match="still there") as caught:
+                        receive(receiving)
+                    assert caught.value.errno == errno.EMFILE
+        for received in receive(receiving):
+            with received:
+                assert os.fstat(received.fileno()).st_rdev == os.fstat(file.fileno()).st_rdev
+        assert receive(receiving) == "next"
+
+
+@pytest.mark.parametrize("plain_first", [0, 5])
+@pytest.mark.parametrize(
+    "receive",
+    [
+        lambda rx: rx.recv(),
+        lambda rx: rx.recv(LIMIT),
+        lambda rx: rx.try_recv(),
+        lambda rx: rx.recv_many(1)[0],
+        lambda rx: next(iter(rx)),
+    ],
+    ids=["recv", "timed", "try_recv", "recv_many", "for"],
+)
+def test_message_with_files_waits_for_room(receive: Callable[[Any], Any], plain_first: int) -> None:
+    """Where a process has no descriptors for what a message brings, it is told so; the message is still there."""
+    _check_that_files_wait(channel(), receive, plain_first)
+
+
+@pytest.mark.parametrize("plain_first", [0, 5])
+@pytest.mark.parametrize("kind", [Queue, JoinableQueue, SimpleQueue, lambda: Queue(9), _pipe])
+def test_message_with_files_waits_for_room_in_queues_and_pipes(kind: Any, plain_first: int) -> None:
+    made = kind()
+    if isinstance(made, tuple):
+        _check_that_files_wait(made, lambda connection: connection.recv(), plain_first)
+    else:
+        _check_that_files_wait((made, made), lambda queue: queue.get(), plain_first)
+
+
+def test_message_with_files_waits_for_room_in_a_coroutine() -> None:
+    async def receive_all() -> None:
+        tx, rx = channel()
+        with tx, rx, open(os.devnull, "rb") as file, Fd(file) as fd:
+            tx.send(fd)
+            with room_for(0), pytest.raises(OSError, match="still there"):
+                await rx.recv_async()
+            (await rx.recv_async()).close()
+
+    asyncio.run(receive_all())
+
+
+def _receive_twice(rx: Receiver[Any], told: Sender[Any]) -> None:
+    with closing(rx), closing(told):
+        with room_for(0):
+            try:
+                rx.recv()
+            except OSError as error:
+                told.send(error.errno)
+        rx.recv().close()
+        told.send("received")
+
+
+def test_message_with_files_that_comes_to_a_sleeper() -> None:
+    """Where there were too few descriptors as it fell asleep, a message is looked at before it is received."""
+    tx, rx = channel()
+    told_tx, told_rx = channel()
+    with tx, told_rx:
+        process = fork.Process(target=_receive_twice, args=(rx, told_tx))
+        process.start()
+        told_tx.close()
+        until(lambda: is_asleep(process))
+        with open(os.devnull, "rb") as file, Fd(file) as fd:
+            tx.send(fd)
+            assert told_rx.recv(LIMIT) == errno.EMFILE
+            assert told_rx.recv(LIMIT) == "received"
+        process.join(LIMIT)
+        assert process.exitcode == 0
+        process.close()
 
 
 def _send_files(tx: Sender[Any], count: int) -> None:

@@ -19,7 +19,7 @@ from itertools import islice
 from time import monotonic
 
 from .. import _drainer
-from .._inlet import EndOfStream, Inlet, ShutMark, Spill
+from .._inlet import EndOfStream, Inlet, NoRoom, ShutMark, Spill
 from .._link import Link
 from .._message import PLAIN_SIZE, HandleKind, Incoming, Parcel
 from .._outlet import Outlet
@@ -261,7 +261,7 @@ class Trunk:
                 except BlockingIOError:
                     self._ahead = 0
                     return
-                except ConnectionResetError:
+                except (ConnectionResetError, NoRoom):
                     pass
             self.pump(until)
         except BaseException:

@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
+from .._inlet import NoRoom
 from .._message import Incoming
 from .._reach import make_opaque
 from . import _call, _logs, _outcome, _resident
@@ -298,10 +299,13 @@ class Engine(Crew):
         commons = self._commons
         assert commons is not None
         found: deque[Incoming] = deque()
+        inlet = commons.logs._open_link().inlet
         try:
-            commons.logs._open_link().inlet.take_what_is_there(found, _MOST_RECORDS)
+            inlet.take_what_is_there(found, _MOST_RECORDS)
+        except NoRoom:
+            inlet.drop_next()
         except OSError:
-            # Not from us, or it carries descriptors that there is no room for.
+            # Not from us.
             pass
         for message in found:
             try:

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any
 
 from .._channel import channel
-from .._inlet import EndOfStream
+from .._inlet import EndOfStream, NoRoom
 from .._message import Incoming, Outgoing
 from .._receiver import Receiver
 from .._sender import Sender
@@ -166,7 +166,9 @@ class Member:
             # A task wrote to descriptors that are not its own; nothing it sends can be trusted.
             self.kill()
         except OSError as error:
-            # This process has no room for the descriptors of a result: that is lost, and its task with it.
+            # This process has no room for the descriptors of a result: its task fails with that.
+            if isinstance(error, NoRoom):
+                inlet.drop_next()
             found.append(_call.failure(_call.RAISED, error))
         return found, False
 

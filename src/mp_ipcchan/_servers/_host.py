@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from .._async import pause, readable
 from .._deadline import deadline_in, wait_for
+from .._inlet import NoRoom
 from .._interrupt import raised_by_handler
 from .._link import Link
 from .._message import CHANNEL_BUFFER
@@ -285,17 +286,17 @@ class ServerBase:
             # It was seen off, but for this.
             self._speaking = None
             return True
-        if not receiver._open_link().inlet.fits():
-            self._speaking = None
-            error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            self._suffer(error, f"a client of {self.name} brings more descriptors than this process has room for")
-            return False
         try:
             message = receiver.try_recv()
             # Until it is in there, and unless it was none of these, the client is heard again.
             self._guests.append((receiver, message))
         except Empty:
             self._speaking = None
+        except NoRoom:
+            self._speaking = None
+            error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._suffer(error, f"a client of {self.name} brings more descriptors than this process has room for")
+            return False
         except (Disconnected, SerializationError, ProtocolError) as error:
             self._disappointed(silent, error)
         return True

@@ -32,16 +32,6 @@ Selectable: TypeAlias = (
 _MOST = 16
 
 
-class Haul:
-    """Messages that are being taken together, of whatever members."""
-
-    __slots__ = ("laden",)
-
-    def __init__(self) -> None:
-        #: Whether some hold descriptors: then others are left alone that this process has no room for besides.
-        self.laden: bool = False
-
-
 class Member:
     """What all members have."""
 
@@ -65,8 +55,8 @@ class Member:
         """What to wait for."""
         raise NotImplementedError
 
-    def take(self, haul: Haul) -> Incoming:
-        """The next message. Raises ``BlockingIOError``, ``EndOfStream``, or what went wrong with one message."""
+    def take(self) -> Incoming:
+        """The next message. Raises ``BlockingIOError``, ``EndOfStream``, ``NoRoom``, or what is wrong with one."""
         raise NotImplementedError
 
     @property
@@ -100,15 +90,8 @@ class _Inlets(Member):
 
     _inlet: Inlet
 
-    def take(self, haul: Haul) -> Incoming:
-        inlet = self._inlet
-        if haul.laden and not inlet.fits():
-            raise BlockingIOError
-        incoming = inlet.take_message(False)
-        # No call from here on: a signal's handler that raises would lose the message.
-        if incoming.__class__ is not bytes and incoming.kinds:  # type: ignore[union-attr]
-            haul.laden = True
-        return incoming
+    def take(self) -> Incoming:
+        return self._inlet.take_message(False)
 
     def put_back(self, messages: list[Incoming]) -> None:
         self._inlet.put_back(*messages)
@@ -193,11 +176,10 @@ class SimpleQueueMember(Member):
     def fileno(self) -> int:
         return self._queue._reader._link.inlet.fileno()
 
-    def take(self, haul: Haul) -> Incoming:
+    def take(self) -> Incoming:
         queue = self._queue
         if queue._reader.closed:
             raise EndOfStream
-        _check_room(queue._reader._link.inlet, haul)
         while True:
             try:
                 taken = queue._ends.take(False)
@@ -231,11 +213,10 @@ class QueueMember(Member):
     def fileno(self) -> int:
         return self._queue._inlet.fileno()
 
-    def take(self, haul: Haul) -> Incoming:
+    def take(self) -> Incoming:
         queue = self._queue
         if queue._closed:
             raise EndOfStream
-        _check_room(queue._inlet, haul)
         try:
             incoming = queue._take(False, None)
         except Empty:
@@ -300,8 +281,3 @@ def member_for(source: Selectable) -> Member:
         "a ReceiverSet takes receivers, our queues and connections, processes, and what has a fileno(), "
         f"not {type(source)!r}"
     )
-
-
-def _check_room(inlet: Inlet, haul: Haul) -> None:
-    if haul.laden and not inlet.fits():
-        raise BlockingIOError

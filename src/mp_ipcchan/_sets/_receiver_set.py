@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
 
 from .._deadline import deadline_in, remaining
 from .._endpoint import endpoints
-from .._inlet import EndOfStream
+from .._inlet import EndOfStream, NoRoom
 from .._interrupt import raised_by_handler
-from .._message import Incoming
+from .._message import Incoming, Parcel
 from ..errors import Empty, EndpointClosed
 from ._events import ChannelClosed, MessageReceived, Ready
-from ._members import Haul, Member, Selectable, member_for
+from ._members import Member, Selectable, member_for
 from ._undecoded import UndecodedMessage
 
 if TYPE_CHECKING:
@@ -276,24 +276,23 @@ class ReceiverSet:
     def _collect_into(self, events: list[Event], epoll: _Epoll, glance: bool) -> None:
         for hand_out in self._hand_outs:
             hand_out()
-        haul = Haul()
         first = list(self._holding.values())[:_MOST_MEMBERS]
         if glance:
             first += self._glancing.values()
         for member in first:
-            self._visit(member, events, haul)
+            self._visit(member, events)
         for fd, _ in epoll.poll(0, _MOST_MEMBERS):
             ready = self._by_fd.get(fd)
             if ready is None:
                 self._refuse(epoll, fd)
             elif ready not in first:
-                self._visit(ready, events, haul)
+                self._visit(ready, events)
         if self._holding:
             self._raise()
         elif self._raised:
             self._clear()
 
-    def _visit(self, member: Member, events: list[Event], haul: Haul) -> None:
+    def _visit(self, member: Member, events: list[Event]) -> None:
         """Report what ``member`` has, up to a few messages."""
         if member.id not in self._members:
             # A signal's handler, or a finalizer, has removed it or closed the set.
@@ -309,12 +308,18 @@ class ReceiverSet:
         try:
             try:
                 # In one C call: a signal's handler that raises finds each message here or where it was.
-                taken.extend(starmap(member.take, repeat((haul,), member.batch)))
+                taken.extend(starmap(member.take, repeat((), member.batch)))
                 member.took(True)
             except BlockingIOError:
                 member.took(False)
             except EndOfStream:
                 ended = True
+            except NoRoom as error:
+                # Where messages are reported that may have the descriptors, it waits for these to be used; else who
+                # decodes it hears of it.
+                member.took(False)
+                if not any(isinstance(one, Parcel) for one in taken) and not any(map(_holds, events)):
+                    broken = error
             except Exception as error:
                 if raised_by_handler(error):
                     raise
@@ -460,6 +465,11 @@ class ReceiverSet:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a ReceiverSet can't be sent: remove its receivers, and send those")
+
+
+def _holds(event: Event) -> bool:
+    """Whether an event may hold descriptors."""
+    return isinstance(event, MessageReceived) and event.message.holds_descriptors
 
 
 _sets: weakref.WeakSet[ReceiverSet] = weakref.WeakSet()

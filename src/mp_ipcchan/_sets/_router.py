@@ -11,11 +11,13 @@ import logging
 import os
 import queue as stdlib
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
+from .._inlet import NoRoom
 from .._opaque import OpaqueReceiver
 from .._receiver import ReceiverBase
 from ..errors import Disconnected, EndpointClosed
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _log = logging.getLogger("mp_ipcchan")
+
+#: How long (seconds) nothing is done where no descriptor is left for a message.
+_PAUSE = 0.05
 
 
 class Putable(Protocol):
@@ -84,6 +89,9 @@ class Route:
             callback(obj)
         except BaseException as error:
             self._fail(error)
+            if isinstance(error, NoRoom):
+                # It would come again at once.
+                time.sleep(_PAUSE)
 
     def _end(self) -> None:
         on_close = self._on_close

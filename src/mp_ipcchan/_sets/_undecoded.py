@@ -81,6 +81,11 @@ class UndecodedMessage:
         incoming = self._intact()
         return incoming[PLAIN_SIZE:] if isinstance(incoming, bytes) else bytes(incoming.body)
 
+    @property
+    def holds_descriptors(self) -> bool:
+        """Whether descriptors may be open for it: of what it brings, or of the memory that it lies in."""
+        return isinstance(self._incoming, Parcel)
+
     def close(self) -> None:
         """Drop the message, with the endpoints and files in it; their peers hear of it. Closing twice does nothing."""
         incoming, self._incoming = self._incoming, None

@@ -8,10 +8,13 @@ closes what it holds.
 from __future__ import annotations
 
 import array
+import errno
 import os
+import resource
 import socket
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Any
 
 from ..errors import ProtocolError
 
@@ -51,9 +54,10 @@ def load(fds: Sequence[int]) -> socket.socket:
 def unload(fd: int, count: int) -> list[int]:
     """Take the ``count`` descriptors out of a carrier; ``fd`` stays the caller's.
 
-    Raises ``ProtocolError`` where it holds another number, ``OSError`` where this process may not
-    open so many; nothing is left open then.
+    Raises ``NoRoom`` where this process may not open so many, and they are still in it; ``ProtocolError``
+    where it holds another number. Nothing is left open then.
     """
+    check_room(fd, count)
     fds: list[int] = []
     with _opened(os.dup(fd)) as carrier:
         try:
@@ -90,17 +94,12 @@ def _opened(fd: int) -> socket.socket:
 
 
 def check_room(fd: int, count: int) -> None:
-    """Raise ``OSError`` where ``unload`` would have to, while what the carrier holds is still in it."""
+    """Raise ``NoRoom`` where this process may not open ``count`` descriptors more, and one for ``unload`` itself."""
     copies: list[int] = []
     try:
-        # And one more, for ``unload`` itself.
         copies.extend(map(os.dup, repeat(fd, count + 1)))
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"this process may open too few descriptors for those that a message brings ({count}); it is still "
-            f"there: close some, or raise the limit (ulimit -n)",
-        ) from error
+        raise NoRoom from error
     finally:
         list(map(os.close, copies))
 
@@ -163,14 +162,26 @@ def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return fds.tolist()
 
 
+class NoRoom(OSError):
+    """This process may open too few descriptors for those that a message brings, which is still there."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EMFILE, f"{_too_few('it brings')}. The message is still there: {_advice()}")
+
+    def __reduce__(self) -> Any:
+        return OSError, self.args
+
+
 def too_many() -> OSError:
     """What to raise when the kernel dropped descriptors that this process had no room for."""
-    import errno
-    import resource
+    return OSError(errno.EMFILE, f"a message was lost: {_too_few('it brought')}; {_advice()}")
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OSError(
-        errno.EMFILE,
-        f"a message was lost: this process may have {soft} descriptors open, too few for those it brought; "
-        f"close some, or raise the limit (ulimit -n, at most {hard})",
-    )
+
+def _too_few(those: str) -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"this process may have {soft} descriptors open, too few for those that {those}"
+
+
+def _advice() -> str:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"close some, or raise the limit (ulimit -n, at most {hard})"

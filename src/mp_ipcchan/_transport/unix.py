@@ -10,10 +10,12 @@ from __future__ import annotations
 import _thread
 import array
 import os
+import resource
 import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import starmap
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -24,6 +26,7 @@ from .._segments._segment_pool import SegmentPool
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, descriptors_in, load, rights, too_many, unload
 from ._carrier import SEND_FLAGS as SEND_FLAGS
+from ._carrier import NoRoom as NoRoom
 from ._frame import CARRIER_FLAG, HEADER_SIZE, SEGMENT_FLAG, Frame, FrameKind, head, parse, slices, unpack
 from ._spill import Spill
 
@@ -40,11 +43,15 @@ _SPACE = socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize)
 #: Arguments of ``recvmsg``: one set that waits as long as it takes, one that never does.
 WAITING = (PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC))
 AT_ONCE = (PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT))
-#: Looks at the descriptors of the next packet, and leaves it there.
-PEEK = (1, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT | socket.MSG_PEEK))
-PEEK_ALL = ((PACKET_SIZE, _SPACE, PEEK[2]),)
-#: Flags of a packet that did not arrive whole.
+#: Look at the next packet, and leave it there: at it all; at its descriptors; at whether it has any (the kernel
+#: says that it cut them off, and opens none), one that waits as long as it takes and one that doesn't.
+PEEK_ALL = ((PACKET_SIZE, _SPACE, int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT | socket.MSG_PEEK)),)
+_PEEK = ((1, _SPACE, PEEK_ALL[0][2]),)
+_GLANCE_WAITING = (1, 0, int(socket.MSG_PEEK))
+_GLANCE = (1, 0, int(socket.MSG_PEEK | socket.MSG_DONTWAIT))
+#: Flags of a packet that did not arrive whole; of one whose descriptors did not.
 CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+CUT_RIGHTS = int(socket.MSG_CTRUNC)
 
 #: What ``recvmsg`` returns: data, ancillary data, flags, address.
 Packet: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, object]
@@ -151,13 +158,54 @@ def _transmit_message(sock: socket.socket, message: Message, segments: SegmentPo
             carrier.close()
 
 
+def has_plenty(fd: int) -> bool:
+    """Whether this process may certainly open as many descriptors as any packet brings. ``fd`` is one of its own."""
+    found: list[int] = []
+    closing = map(os.close, found)
+    try:
+        found.extend(map(os.dup, (fd,)))
+    except OSError:
+        return False
+    finally:
+        # Opened and closed with no call in between: a signal's handler that raises leaves none open.
+        for _ in closing:
+            pass
+    # The kernel gives out the lowest that is free.
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return found[0] + MAX_IN_PACKET < soft or soft == resource.RLIM_INFINITY
+
+
+def await_next(recvmsg: Callable[[int, int, int], Packet]) -> None:
+    """Wait for a packet, which stays where it is."""
+    recvmsg(*_GLANCE_WAITING)
+
+
+def check_next(recvmsg: Callable[[int, int, int], Packet]) -> None:
+    """Raise ``NoRoom`` where there is none for the descriptors of the next packet, which stays where it is."""
+    if not recvmsg(*_GLANCE)[2] & CUT_RIGHTS:
+        return
+    peeked: list[Packet] = []
+    # Closed with this, even if a signal's handler keeps us from doing it.
+    copies = Descriptors([])
+    try:
+        peeked.extend(starmap(recvmsg, _PEEK))
+        copies.fds = descriptors_in(peeked[0][1])
+    except BaseException:
+        if peeked:
+            copies.fds = descriptors_in(peeked[0][1])
+        raise
+    copies.close()
+    if peeked[0][2] & CUT_RIGHTS:
+        raise NoRoom
+
+
 def open_packet(packet: Packet, opened: deque[Opened], spent: list[int], segments: SegmentCache) -> None:
     """Append the messages of a received packet to ``opened``, in one C call; they own its descriptors then.
 
     But for those in ``spent``, which have served: the caller closes them then. Segments are mapped by ``segments``.
 
-    Raises ``EndOfStream``, ``ProtocolError`` or ``OSError``; ``close_packet`` must follow. Where something
-    else interrupts it, a signal's handler, the packet can be opened again.
+    Raises ``EndOfStream``, ``ProtocolError`` or ``OSError``; ``close_packet`` must follow. Where it raises ``NoRoom``
+    or something else interrupts it, a signal's handler, the packet can be opened again.
     """
     data, ancillary, flags, _ = packet
     fds = descriptors_in(ancillary)
