@@ -15,10 +15,12 @@ is raised there gets past them. So there is none inside of one in this package; 
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from . import _codec
+from ._deadline import remaining
 from ._inlet import Inlet, NoRoom, Spill
 from ._interrupt import ATTEMPTS, raised_by_handler
 from ._message import PLAIN, Incoming, Parcel
@@ -29,10 +31,6 @@ T = TypeVar("T")
 
 #: Stands for an object that isn't decoded yet.
 _NOTHING = object()
-
-
-class Lock(Protocol):
-    def release(self) -> None: ...
 
 
 class Decoding(NamedTuple):
@@ -86,23 +84,31 @@ class Delivery:
         direct: bool,
         block: bool,
         deadline: float | None,
-        lock: Lock | None = None,
+        alone: bool = False,
         entries: memoryview | None = None,
         entry: int = 0,
     ) -> Any:
-        """Take and decode a message. ``lock``, if given, is held; it is released whatever happens.
+        """Take and decode a message. ``alone``: while nobody else receives; see ``_turn``.
 
         ``direct``: whether a packet may be received without asking ``_take``. A message that comes so is
         counted in ``entries[entry]``, if given, and not by ``_taken``.
         """
         incoming: Incoming | None = None
         packet: Packet | None = None
-        decoding = late = False
+        decoding = late = turn = mine = False
         obj: Any = _NOTHING
         try:
             try:
-                if lock is not None:
-                    inlet.receiving = True
+                if alone:
+                    for turn in inlet.turns:  # noqa: B007
+                        break
+                    if not turn:
+                        # By then the receiver may have been closed, or have moved: ``_take`` sees to that.
+                        direct = False
+                        [turn] = self._turn(inlet, deadline if block else 0.0)
+                    if not turn or inlet.receiving:
+                        self._refuse(turn and block)
+                    mine = inlet.receiving = True
                 if direct and not (inlet.ready or inlet.inbox or inlet.detour):
                     # The usual case: nothing waits in user space, and what comes is a plain packet.
                     try:
@@ -139,9 +145,10 @@ class Delivery:
                     if self._counts:
                         self._taken()
             finally:
-                if lock is not None:
-                    inlet.receiving = False
-                    lock.release()
+                if turn:
+                    if mine:
+                        inlet.receiving = False
+                    inlet.lock.release()
         except BaseException as error:
             if incoming is None:
                 if packet is not None:
@@ -159,6 +166,19 @@ class Delivery:
                 self._report(error)  # type: ignore[arg-type]
             raise
         return obj
+
+    @staticmethod
+    def _turn(inlet: Inlet, deadline: float | None) -> Iterator[bool]:
+        """Its one step waits while another thread receives, acquires the lock, and says whether it did in time."""
+        left = remaining(deadline)
+        # The longest that threading takes is some 292 years; longer is forever.
+        return map(inlet.lock.acquire, (True,), (-1 if left is None or left > threading.TIMEOUT_MAX else left,))
+
+    @staticmethod
+    def _refuse(reentered: bool) -> NoReturn:
+        if reentered:
+            raise RuntimeError("this thread is receiving from it already: use try_recv in a signal's handler")
+        raise Empty("another thread is receiving, and no message came")
 
     def _is_undecodable(self, inlet: Inlet, incoming: Incoming, error: BaseException, decoding: bool) -> bool:
         """Whether ``error`` is what decoding ``incoming`` raised. If not, the message is put back."""
@@ -183,17 +203,20 @@ class Delivery:
                 continue
         return undecodable
 
-    def _deliver_many(self, inlet: Inlet, most: int, deadline: float | None, lock: Lock | None = None) -> list[Any]:
+    def _deliver_many(self, inlet: Inlet, most: int, deadline: float | None, alone: bool = False) -> list[Any]:
         """Wait for a message as ``_deliver`` does; decode it and those that are there, ``most`` in all."""
         taken: list[Incoming] = []
         decoded: list[Any] = []
-        decoding = False
+        decoding = turn = mine = False
         try:
             try:
-                if lock is not None:
-                    inlet.receiving = True
+                if alone:
+                    [turn] = self._turn(inlet, deadline)
+                    if not turn or inlet.receiving:
+                        self._refuse(turn)
+                    mine = inlet.receiving = True
                 taken.append(self._take(True, deadline))
-                self._take_more(inlet, taken, most, lock is not None)
+                self._take_more(inlet, taken, most, alone)
                 decoding = True
                 if {bytes}.issuperset(map(type, taken)):
                     decoded.extend(map(self._loads, taken))  # type: ignore[arg-type]
@@ -202,10 +225,13 @@ class Delivery:
                 if self._counts:
                     self._taken(len(taken))
             finally:
-                if lock is not None:
-                    inlet.receiving = False
-                    lock.release()
+                if turn:
+                    if mine:
+                        inlet.receiving = False
+                    inlet.lock.release()
         except BaseException as error:
+            if not taken:
+                raise
             try:
                 raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
             except BaseException:
@@ -242,24 +268,29 @@ class Delivery:
         return verdict
 
     def _deliver_by(
-        self, inlet: Inlet, copy: Callable[[Incoming], T], deadline: float | None, lock: Lock | None = None
+        self, inlet: Inlet, copy: Callable[[Incoming], T], deadline: float | None, alone: bool = False
     ) -> T:
         """Wait for a message and return what ``copy`` makes of it. If that raises, the message is still there.
 
-        But for ``ProtocolError``: then it is of no use. ``lock`` as in ``_deliver``.
+        But for ``ProtocolError``: then it is of no use. ``alone`` as in ``_deliver``.
         """
         incoming: Incoming | None = None
         copied: list[T] = []
+        turn = mine = False
         try:
             try:
-                if lock is not None:
-                    inlet.receiving = True
+                if alone:
+                    [turn] = self._turn(inlet, deadline)
+                    if not turn or inlet.receiving:
+                        self._refuse(turn)
+                    mine = inlet.receiving = True
                 incoming = self._take(True, deadline)
                 copied.extend(map(copy, (incoming,)))
             finally:
-                if lock is not None:
-                    inlet.receiving = False
-                    lock.release()
+                if turn:
+                    if mine:
+                        inlet.receiving = False
+                    inlet.lock.release()
         except BaseException as error:
             if incoming is not None and not isinstance(error, ProtocolError):
                 inlet.put_back(incoming)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from . import _codec
@@ -100,14 +101,18 @@ class ReceivingEnd(Endpoint):
     def _claim(self) -> Link:
         """Take the link out, for a message or another owner; ``_restore`` or the link's ``release`` must follow."""
         link = self._open_link()
-        if not link.inlet.lock.acquire(blocking=False):
-            raise ValueError(f"another thread is receiving from this {type(self).__name__}: it can't be moved now")
+        turn = False
         try:
+            # Acquired and noted in one C call: a signal's handler may raise behind it.
+            [turn] = islice(link.inlet.turns, 1)
+            if not turn:
+                raise ValueError(f"another thread is receiving from this {type(self).__name__}: it can't be moved now")
             if link.inlet.receiving:
                 raise ValueError(f"this {type(self).__name__} is being received from: it can't be moved now")
             self._link, self._moved = None, True
         finally:
-            link.inlet.lock.release()
+            if turn:
+                link.inlet.lock.release()
         return link
 
     def _restore(self, link: Link) -> None:

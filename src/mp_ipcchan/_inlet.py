@@ -87,6 +87,7 @@ class Inlet:
         "recvmsg",
         "segments",
         "shared",
+        "turns",
         "waker",
     )
 
@@ -119,11 +120,7 @@ class Inlet:
         self.ready: deque[Incoming | Spill] = deque()
         #: There once somebody has asked for ``fileno``.
         self.waker: Waker | None = None
-        #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
-        #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
-        self.lock: threading.RLock = threading.RLock()
-        #: Whether somebody is receiving; changed by whoever holds the lock.
-        self.receiving: bool = False
+        self._make_lock()
         #: Whether older messages may wait in the front lane of the queue that this is part of.
         self.detour: bool = False
         #: Of an ended process, no message is read that has more bytes than this.
@@ -136,6 +133,16 @@ class Inlet:
         #: How often ``await_packet`` looks before it sleeps, and how often that was in vain.
         self._looks = _MOST_LOOKS
         self._vain_looks = 0
+
+    def _make_lock(self) -> None:
+        #: For those who must be the only reader (a Receiver: what it unpacks is for itself).
+        #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
+        self.lock: threading.RLock = threading.RLock()
+        #: Acquires it at each step, if it is free, and says whether it was. ``for turn in turns: break`` acquires and
+        #: stores that in one C call: whoever a signal's handler interrupts knows whether to release it.
+        self.turns: Iterator[bool] = starmap(self.lock.acquire, repeat((False,)))
+        #: Whether somebody is receiving; changed by whoever holds the lock.
+        self.receiving: bool = False
 
     def take(self, wait: bool) -> Taken:
         """The next message. Raises ``BlockingIOError`` where there is none and ``wait`` is false,
@@ -444,8 +451,7 @@ class Inlet:
 
     def reset_after_fork(self) -> None:
         """What waits here belongs to the parent; so does the epoll set, which both would share."""
-        self.lock = threading.RLock()
-        self.receiving = False
+        self._make_lock()
         self.close()
 
 

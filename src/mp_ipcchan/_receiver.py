@@ -5,15 +5,14 @@ from __future__ import annotations
 import operator
 import pickle
 import sys
-import threading
 from collections.abc import AsyncIterator, Iterator
-from typing import Generic, NoReturn, TypeVar, final
+from typing import Generic, TypeVar, final
 
 from . import _async, _codec
-from ._deadline import deadline_in, remaining
+from ._deadline import deadline_in
 from ._delivery import Decoding, Delivery
 from ._endpoint import ReceivingEnd
-from ._inlet import EndOfStream, Inlet
+from ._inlet import EndOfStream
 from ._link import Link
 from ._message import PLAIN_SIZE, Incoming, Parcel
 from ._opaque import OpaqueReceiver, Origin
@@ -54,49 +53,18 @@ class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
                     raise
                 return obj  # type: ignore[no-any-return]
         deadline = None if timeout is None else deadline_in(timeout)
-        lock = inlet.lock
-        if not lock.acquire(False):
-            self._await_turn(inlet, deadline)
-        if inlet.receiving:
-            _refuse_to_interrupt(inlet)
-        return self._deliver(inlet, True, True, deadline, lock)  # type: ignore[no-any-return]
+        return self._deliver(inlet, True, True, deadline, True)  # type: ignore[no-any-return]
 
     def try_recv(self) -> T_co:
         """The next message, if there is one now, else ``Empty``; otherwise as ``recv``."""
-        inlet = self._open_link().inlet
-        if not inlet.lock.acquire(False):
-            raise Empty("another thread is receiving")
-        if inlet.receiving:
-            inlet.lock.release()
-            raise Empty("this thread is receiving from it already")
-        return self._deliver(inlet, True, False, None, inlet.lock)  # type: ignore[no-any-return]
-
-    def _await_turn(self, inlet: Inlet, deadline: float | None) -> None:
-        """Wait while another thread receives; hold the lock then."""
-        left = remaining(deadline)
-        # The longest that threading takes is some 292 years; longer is forever.
-        if not inlet.lock.acquire(True, -1 if left is None or left > threading.TIMEOUT_MAX else left):
-            raise Empty("another thread is receiving, and no message came")
-        if self._link is None:  # closed or moved meanwhile
-            inlet.lock.release()
-            self._open_link()
-
-    def _turn(self, deadline: float | None) -> Inlet:
-        """Wait while another thread receives; hold the inlet's lock then."""
-        inlet = self._open_link().inlet
-        self._await_turn(inlet, deadline)
-        if inlet.receiving:
-            _refuse_to_interrupt(inlet)
-        return inlet
+        return self._deliver(self._open_link().inlet, True, False, None, True)  # type: ignore[no-any-return]
 
     def recv_many(self, max_items: int, timeout: float | None = None) -> list[T_co]:
         """Wait for a message as ``recv`` does, and return it with those that are there, 1 to ``max_items``."""
         most = min(operator.index(max_items), sys.maxsize)
         if most < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
-        deadline = deadline_in(timeout)
-        inlet = self._turn(deadline)
-        return self._deliver_many(inlet, most, deadline, inlet.lock)
+        return self._deliver_many(self._open_link().inlet, most, deadline_in(timeout), True)
 
     def __iter__(self) -> Iterator[T_co]:
         """Receive until every sender is gone."""
@@ -190,13 +158,7 @@ class BytesReceiver(ReceiverBase[bytes]):
             target[: len(source)] = source
             return len(source)
 
-        inlet = self._turn(deadline)
-        return self._deliver_by(inlet, copy, deadline, inlet.lock)
-
-
-def _refuse_to_interrupt(inlet: Inlet) -> NoReturn:
-    inlet.lock.release()
-    raise RuntimeError("this thread is receiving from it already: use try_recv in a signal's handler")
+        return self._deliver_by(self._open_link().inlet, copy, deadline, True)
 
 
 def view_bytes(incoming: Incoming) -> memoryview:

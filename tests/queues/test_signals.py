@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import repeat, starmap
@@ -270,6 +271,36 @@ def test_interrupted_send_many_doubles_nothing(interrupter: Interrupter) -> None
             tx.close()
             got = list(rx)
         assert got == list(range(len(got)))
+
+
+@pytest.mark.parametrize(
+    "receive",
+    [
+        lambda rx: rx.recv(0),
+        lambda rx: rx.try_recv(),
+        lambda rx: rx.recv_many(5, 0),
+        lambda rx: rx.recv_into(bytearray(9), 0),
+    ],
+    ids=["recv", "try_recv", "recv_many", "recv_into"],
+)
+def test_interrupted_receiver_is_free_for_other_threads(
+    interrupter: Interrupter, receive: Callable[[Any], object]
+) -> None:
+    """Wherever the handler raises, whoever receives next, in whatever thread, needn't wait for what was interrupted."""
+    tx, rx = bytes_channel()
+
+    def receive_on() -> None:
+        # What the handler raises comes out, or this goes on for ever.
+        while True:
+            with suppress(Empty):
+                receive(rx)
+
+    with tx, rx, ThreadPoolExecutor(1) as other:
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            interrupter.interrupt(receive_on, 5e-5)
+            tx.send(b"")
+            assert other.submit(rx.recv, LIMIT / 10).result() == b""
 
 
 needs_returns_unwatched = pytest.mark.skipif(

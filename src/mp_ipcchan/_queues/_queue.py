@@ -200,7 +200,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         direct = (
             self._plain and base > 0 and not words[STATE] and not words[DETOUR] and self._reader._handle is not None
         )
-        return self._deliver(self._inlet, direct, block, deadline, None, words, base + TAKEN)  # type: ignore[no-any-return]
+        return self._deliver(self._inlet, direct, block, deadline, False, words, base + TAKEN)  # type: ignore[no-any-return]
 
     def get_nowait(self) -> T:
         """``get(False)``."""
