@@ -106,6 +106,78 @@ def _starts() -> Iterator[Case]:
         )
 
 
+# -- meeting -----------------------------------------------------------------------------------
+
+
+def _meeting(system: str, key: bytes | None) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What a client does, and what the server does for each."""
+    if system == "Server":
+        server = _ipc().Server()
+
+        def come() -> None:
+            with _ipc().connect(server.name) as sender:
+                sender.send((1, 2.5, "three"))
+
+        def serve() -> None:
+            receiver, _ = server.accept()
+            receiver.close()
+
+        _kept.append(server)
+        return come, serve
+
+    listener = connection.Listener(family="AF_UNIX", backlog=64, authkey=key)
+
+    def come_to_listener() -> None:
+        with connection.Client(listener.address, authkey=key) as client:
+            client.send((1, 2.5, "three"))
+
+    def serve_as_listener() -> None:
+        with listener.accept() as accepted:
+            accepted.recv()
+
+    _kept.append(listener)
+    return come_to_listener, serve_as_listener
+
+
+def _meet(system: str, seconds: float) -> float:
+    """Client after client, in the same thread: connects, sends, is accepted, and both close."""
+    come, serve = _meeting(system, None)
+
+    def once() -> None:
+        # The client is gone before it is accepted, which no server minds.
+        come()
+        serve()
+
+    return per_call(seconds, once)
+
+
+def _meet_others(system: str, seconds: float) -> float:
+    """The same where the clients are another process's, and the server makes sure who they are."""
+    come, serve = _meeting(system, b"secret")
+
+    def come_again_and_again() -> None:
+        while True:
+            come()
+
+    # It ends with this process.
+    _ctx("fork").Process(target=come_again_and_again, daemon=True).start()
+    return per_call(seconds, serve)
+
+
+def _meetings() -> Iterator[Case]:
+    yield _case(
+        "meet",
+        "a client connects, sends, is accepted; both close",
+        *(_entry(system, _meet, system) for system in ("Server", "mp.Listener")),
+    )
+    yield _case(
+        "meet_others",
+        "the same, clients of another process, which must be who they say (with an authkey)",
+        *(_entry(system, _meet_others, system) for system in ("Server", "mp.Listener")),
+        seconds=0.3,
+    )
+
+
 # -- sending -----------------------------------------------------------------------------------
 
 
@@ -454,4 +526,4 @@ def _imports() -> Iterator[Case]:
 
 def operation_cases() -> list[Case]:
     """Every case."""
-    return [*_creations(), *_transfers(), *_sets(), *_starts(), *_imports()]
+    return [*_creations(), *_meetings(), *_transfers(), *_sets(), *_starts(), *_imports()]

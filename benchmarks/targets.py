@@ -58,6 +58,8 @@ TARGETS = (
     Target("map", "ctx.Pool", "mp.Pool", 1.0),
     Target("task", "ProcessPoolExecutor", "stdlib executor", 0.5, at_most=True),
     Target("start", "ctx.Pool", "mp.Pool", 1.0, at_most=True),
+    Target("meet", "Server", "mp.Listener", 1.0, at_most=True),
+    Target("meet_others", "Server", "mp.Listener", 1.0, at_most=True),
     Target("select_1_of_10000", "ReceiverSet", "ReceiverSet", 2.0, at_most=True, beside="select_1_of_10"),
     Target("import", "mp_ipcchan", "multiprocessing.pool", 25.0, at_most=True, difference=True),
 )

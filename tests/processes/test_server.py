@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,7 @@ from mp_ipcchan import (
     connect,
     peer_of,
 )
+from mp_ipcchan._transport import unix
 
 from ..conformance._support import LIMIT, InThread, attempts, bare_fork, calling_often, open_descriptors, room_for
 from ._support import context_of, finish, program, started
@@ -112,6 +114,28 @@ def test_typed_one_shot() -> None:
         receiver, first = server.accept(LIMIT)
         with receiver:
             assert first == [1]
+
+
+def test_who_speaks_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is heard as it comes is not ahead of one who came before and has spoken just before it."""
+    accept = unix.accept
+
+    def speak_and_accept(*args: Any) -> None:
+        # Between the look at those who were silent and the one at the door.
+        if not early.closed:
+            early.send("early")
+            early.close()
+            greet(server.name, "late")
+        accept(*args)
+
+    with Server() as server, connect(server.name) as early:
+        with pytest.raises(Empty):
+            server.accept(0)
+        monkeypatch.setattr(unix, "accept", speak_and_accept)
+        for expected in ("early", "late"):
+            rx, word = server.accept(LIMIT)
+            rx.close()
+            assert word == expected
 
 
 def test_silent_client_holds_nobody_up() -> None:

@@ -28,6 +28,8 @@ def is_abstract(name: str) -> bool:
 
 def is_one_shot(name: str) -> bool:
     """Whether a name is one that ``OneShotServer`` has made."""
+    if not name.endswith(ONE_SHOT):
+        return False
     directory, file = os.path.split(name)
     return file == ONE_SHOT and os.path.basename(directory).startswith(PREFIX)
 

@@ -48,6 +48,7 @@ class Listener:
             # Absolute: the process may go elsewhere before it is to remove it.
             name = os.path.abspath(name)
         self.name: str = name
+        self.once: bool = once
         self.sock: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             unix.prepare(self.sock, CHANNEL_BUFFER)

@@ -50,7 +50,7 @@ def connect(
     typed = None if type is None else codec_of(type)
     name = os.fspath(name)
     address = address_of(name)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock = unix.make_socket()
     try:
         unix.prepare(sock, CHANNEL_BUFFER)
         one_shot = is_one_shot(name)
@@ -68,7 +68,8 @@ def connect(
     except BaseException:
         sock.close()
         raise
-    link = Link.of(sock)
+    # A socket so new has no link yet.
+    link = Link(sock, os.fstat(sock.fileno()).st_ino)
     link.outlet.packs = True
     return Sender(link, typed)
 

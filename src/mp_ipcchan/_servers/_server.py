@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, final
 
 from ..errors import Disconnected, EndpointClosed, SerializationError
-from ._host import Guest, ServerBase, Silent, log
+from ._host import ServerBase
+from ._lobby import Client, Guest, log
 from ._peer import Allow, peer_at
 from ._watch import Mortal
 
@@ -68,11 +69,11 @@ class Server(ServerBase):
                 return
             yield guest
 
-    def _disappointed(self, client: Silent, error: Exception) -> None:
+    def _disappointed(self, client: Client, error: Exception) -> None:
         if not isinstance(error, Disconnected):
             peer = peer_at(client.receiver._open_link().sock)
             log.warning("%s: dropped a client of uid %d (pid %d): %s", self.name, peer.uid, peer.pid, error)
-        self._dismiss(client)
+        self._lobby.dismiss(client)
 
 
 @final
@@ -96,13 +97,13 @@ class OneShotServer(ServerBase):
         try:
             self.close()
         except BaseException:
-            self._guests.append(guest)
+            self._lobby.guests.append(guest)
             raise
         return guest
 
-    def _disappointed(self, client: Silent, error: Exception) -> None:
+    def _disappointed(self, client: Client, error: Exception) -> None:
         # It is heard again at once: what it said next may have come along.
         if not isinstance(error, SerializationError):
-            self._dismiss(client)
+            self._lobby.dismiss(client)
             self.close()
         raise error

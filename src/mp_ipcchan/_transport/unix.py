@@ -35,6 +35,7 @@ PIPE_BUFFER = 212992
 
 # Plain ints: the socket module's flags are enums, whose operators cost more than a system call.
 MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
+_FAMILY, _KIND = int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET)
 
 #: More pieces than this are joined before they are sent (the kernel takes 1024).
 _MOST_PARTS = 64
@@ -78,23 +79,36 @@ def make_pair(send_buffer: int) -> tuple[socket.socket, socket.socket]:
 
 
 def prepare(sock: socket.socket, send_buffer: int) -> None:
-    """Give a new socket our buffer size, and undo what ``socket.setdefaulttimeout`` did to it."""
+    """Give a new socket, which will send, our buffer size; and ``let_wait``."""
+    let_wait(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+
+
+def make_socket() -> Any:
+    """A socket, not connected to anything.
+
+    Of the type that ``socket.socket`` extends: what that adds isn't needed, and costs as much as a system call.
+    """
+    return socket.SocketType(_FAMILY, _KIND)
+
+
+def let_wait(sock: socket.socket) -> None:
+    """Undo what ``socket.setdefaulttimeout`` did to a new socket."""
     if sock.gettimeout() is not None:
         sock.settimeout(None)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
 
 def accept(listener: socket.socket, into: deque[socket.socket]) -> None:
     """Append the next connection to ``into``, in one C call: a signal's handler can't come between.
 
-    Raises what ``accept`` raises. ``prepare`` must follow.
+    Raises what ``accept`` raises. ``let_wait`` must follow.
     """
     into.extend(map(_own, map(itemgetter(0), map(_accept, (listener,)))))
 
 
 #: Functions of C, unlike ``socket.socket`` and its ``accept``: the next connection's descriptor, and its owner.
 _accept: Callable[[socket.socket], tuple[int, object]] = socket.socket._accept  # type: ignore[attr-defined]
-_own: Callable[[int], Any] = partial(socket.SocketType, socket.AF_UNIX, socket.SOCK_SEQPACKET, 0)
+_own: Callable[[int], Any] = partial(socket.SocketType, _FAMILY, _KIND, 0)
 
 
 def adopt(fd: int) -> socket.socket:
@@ -107,8 +121,7 @@ def adopt(fd: int) -> socket.socket:
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
         sock.close()
         raise ProtocolError("a descriptor that was sent as an endpoint is a socket of another kind")
-    if sock.gettimeout() is not None:
-        sock.settimeout(None)
+    let_wait(sock)
     return sock
 
 
