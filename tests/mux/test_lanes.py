@@ -32,6 +32,8 @@ from mp_ipcchan import (
     SerializationError,
     channel,
 )
+from mp_ipcchan._lanes import _switchboard
+from mp_ipcchan._lanes._lane_outlet import LaneOutlet
 
 from ..conformance._support import LIMIT, InThread, attempts, pattern
 from ..queues.test_signals import Interrupter, handling, needs_returns_unwatched
@@ -272,6 +274,29 @@ def test_unbounded_and_back_pressure(ends: tuple[Mux, Mux]) -> None:
     tx.close()
     assert rx.recv_many(100, LIMIT) == list(range(100))
     assert _all_of(rx) == list(range(100, 3 * MANY))
+    rx.close()
+
+
+def test_room_that_comes_while_a_message_is_put_aside(ends: tuple[Mux, Mux], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other side reads all there is between a message's refusal and its joining those that wait: it goes, too."""
+    tx, rx = crossing(*ends)
+    outlet = tx._open_link().outlet
+    assert isinstance(outlet, LaneOutlet)
+    sent = 0
+    while outlet.passed < outlet.allowed:
+        tx.send(sent)
+        sent += 1
+
+    def read_all(*_: object) -> bool:
+        assert [rx.recv(LIMIT) for _ in range(sent)] == list(range(sent))
+        _switchboard.pump_all()
+        return False
+
+    # Between the two.
+    monkeypatch.setattr(LaneOutlet, "insist", read_all)
+    tx.send("last")
+    assert rx.recv(1) == "last"
+    tx.close()
     rx.close()
 
 

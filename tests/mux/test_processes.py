@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 
 from mp_ipcchan import Disconnected, EndpointClosed, Mux, Receiver, ReceiverGone, Sender, channel
+from mp_ipcchan._lanes import _switchboard
+from mp_ipcchan._lanes._lane import Head
 
 from ..conformance._support import LIMIT, attempts, bare_fork, pattern
 from ..processes._support import context_of, join, kill, running, started
@@ -154,6 +157,29 @@ def test_ends_passed_to_a_third_process(start_method: str) -> None:
             tx.close()
             assert list(back_rx) == list(range(1, MANY + 1))
         back_rx.close()
+
+
+def send_all(tx: Sender[int]) -> None:
+    for number in range(MANY):
+        tx.send(number)
+
+
+def test_sender_passed_to_a_third_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver, which is here, and the thread that bridges both look for what comes: one after the other."""
+    feed = Head.feed
+    alone: list[bool] = []
+
+    def note_and_feed(*args: Any) -> None:
+        alone.append(_switchboard.lock._is_owned())  # type: ignore[attr-defined]
+        feed(*args)
+
+    monkeypatch.setattr(Head, "feed", note_and_feed)
+    with both_ends() as (left, _):
+        tx, rx = left.channel()
+        with rx, started(context_of("fork"), send_all, tx):
+            tx.close()
+            assert list(rx) == list(range(MANY))
+    assert all(alone)
 
 
 def test_third_process_is_killed() -> None:

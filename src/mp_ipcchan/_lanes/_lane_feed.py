@@ -76,7 +76,11 @@ class Bridge(Feed):
         return self._link
 
     def look(self, until: Inlet | None) -> None:  # noqa: ARG002  (what it has is all for one)
-        self.pump()
+        try:
+            with _switchboard.lock:
+                self.pump()
+        finally:
+            _switchboard.settle()
 
     def pump(self) -> None:
         inlet = self._link.inlet

@@ -84,7 +84,11 @@ class LaneOutlet(Outlet):
 
     def defer(self, item: Outgoing, accepted: list[object] | None = None) -> None:
         try:
-            super().defer(item, accepted)
+            with self.lock:
+                super().defer(item, accepted)
+                if len(self.backlog) == 1 and self._has_room():
+                    # The other side has read since this was refused, and may have no more to say.
+                    self._go_on()
         finally:
             _switchboard.settle()
 
