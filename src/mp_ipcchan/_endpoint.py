@@ -50,9 +50,9 @@ class Endpoint:
 
     def close(self) -> None:
         """Give this handle up. Closing twice, or after a move, does nothing."""
-        link, self._link = self._link, None
+        link = self._link
         if link is not None:
-            link.release()
+            link.let_go(self)
 
     @property
     def closed(self) -> bool:
@@ -71,7 +71,12 @@ class Endpoint:
 
     def __del__(self) -> None:
         if getattr(self, "_link", None) is not None:
-            self.close()
+            try:
+                self.close()
+            finally:
+                if self._link is not None:
+                    # A signal's handler has raised, which nobody hears of here.
+                    self.close()
 
     def __repr__(self) -> str:
         link = self._link

@@ -96,6 +96,12 @@ class Link:
             self._uses += 1
         return self
 
+    def let_go(self, endpoint: Endpoint) -> None:
+        """``endpoint`` gives up its use of this, unless another thread was faster."""
+        if endpoint._link is self:
+            endpoint._link = None
+            self.release()
+
     def release(self) -> None:
         """One handle less. With the last one, what still waits to be sent is sent, then the socket closes."""
         with _lock:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import repeat, starmap
+from itertools import count, repeat, starmap
 from typing import Any
 
 import pytest
@@ -35,8 +35,9 @@ from mp_ipcchan import (
 from mp_ipcchan._lanes import _switchboard
 from mp_ipcchan._lanes._lane_outlet import LaneOutlet
 
-from ..conformance._support import LIMIT, InThread, attempts, pattern
-from ..queues.test_signals import Interrupter, handling, needs_returns_unwatched
+from ..conformance._support import LIMIT, InThread, attempts, open_descriptors, pattern
+from ..conformance._support import interrupted as interrupted_finalisers
+from ..queues.test_signals import Interrupter, handling, interrupted_at, needs_returns_unwatched
 from ._support import MANY, both_ends, crossing, moved
 
 
@@ -586,6 +587,58 @@ def test_interrupted_calls_lose_and_double_nothing(ends: tuple[Mux, Mux], interr
             assert into in (list(range(len(sent))), list(range(len(sent) + 1)))
     for one in (tx, rx, other_tx, other_rx):
         one.close()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["closed again", "dropped"])
+@pytest.mark.parametrize("which", [0, 1], ids=["sender", "receiver"])
+@needs_returns_unwatched
+@interrupted_finalisers
+def test_interrupted_closing_leaves_no_channel_open(ends: tuple[Mux, Mux], which: int, again: bool) -> None:
+    """Wherever a signal's handler raises in ``close``, the end is still there to be closed, or is being closed."""
+    ends[0].tx.send("used")
+    assert ends[1].rx.recv(LIMIT) == "used"
+
+    def streams() -> int:
+        trunks = [mux._trunk for mux in ends]
+        return sum(len(trunk.sending) + len(trunk.receiving) for trunk in trunks if trunk is not None)
+
+    before = streams()
+    for place in count(1):
+        pair = [*crossing(*ends)]
+        assert streams() == before + 2
+        end = pair.pop(which)
+        interrupted = interrupted_at(place, end.close)
+        if again:
+            end.close()
+        del end
+        for _ in attempts():
+            # Of the other end, which closes by itself, or says that there is nobody.
+            _switchboard.pump_all()
+            if streams() == before:
+                break
+        pair.pop().close()
+        if not interrupted:
+            assert place > 5
+            break
+
+
+@needs_returns_unwatched
+@interrupted_finalisers
+def test_interrupted_closing_of_a_mux() -> None:
+    """As that of a channel's end: closed again, nothing of it is left."""
+    before = open_descriptors()
+    for place in count(1):
+        with both_ends() as (left, right):
+            left.tx.send("used")
+            assert right.rx.recv(LIMIT) == "used"
+            interrupted = interrupted_at(place, left.close)
+        for _ in attempts():
+            _switchboard.pump_all()
+            if open_descriptors() == before:
+                break
+        if not interrupted:
+            assert place > 5
+            break
 
 
 def test_mux_closes_when_its_channels_have(ends: tuple[Mux, Mux]) -> None:

@@ -254,6 +254,32 @@ class Interrupter:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def interrupted_at(place: int, call: Callable[[], object]) -> bool:
+    """Call, and let a signal's handler raise at the ``place``-th instant at which one may run; whether there was one.
+
+    That is where a function of Python begins, and where one of C ends.
+    """
+
+    def watch(_frame: object, event: str, _arg: object) -> None:
+        nonlocal place
+        place -= event in ("call", "c_return")
+        if place == 0:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGALRM)
+
+    interrupter = Interrupter()
+    interrupter._armed = True
+    with handling(interrupter.handle):
+        sys.setprofile(watch)
+        try:
+            call()
+        except Stop:
+            return True
+        finally:
+            sys.setprofile(None)
+    return False
+
+
 @pytest.fixture
 def interrupter() -> Iterator[Interrupter]:
     interrupter = Interrupter()

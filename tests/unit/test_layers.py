@@ -42,7 +42,9 @@ LAYERS = [
     ["_context", "_lanes._switchboard"],
     ["_lanes._lane_message"],
     ["_lanes._lane_feed", "_lanes._lane_inlet", "_lanes._lane_outlet"],
+    ["_lanes._lane_travel"],
     ["_lanes._lane"],
+    ["_lanes._lane_intake"],
     ["_lanes._trunk"],
     ["_lanes._mux"],
     [

@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING
 
 from .._endpoint import Endpoint
 from .._link import Link
-from .._message import CHANNEL_BUFFER, HandleKind, Incoming, Outgoing
+from .._message import HandleKind, Incoming, Outgoing
 from . import _switchboard
-from ._lane_feed import Bridge, Feed
+from ._lane_feed import Feed
 from ._lane_inlet import LaneInlet
 from ._lane_message import LaneHandle, LaneLink, as_parcel
 from ._lane_outlet import LaneOutlet
+from ._lane_travel import ReceiverHandle, SenderHandle
 
 if TYPE_CHECKING:
-    from ._trunk import StreamFeed, Trunk
+    from ._trunk import Trunk
 
 
 class Tail(LaneLink):
@@ -83,8 +84,8 @@ class Tail(LaneLink):
             self._uses += 1
         return self
 
-    def release(self) -> None:
-        _switchboard.post(self._release)
+    def parting(self) -> Parting:
+        return Parting(self)
 
     def _release(self) -> None:
         self._uses -= 1
@@ -179,6 +180,23 @@ class Tail(LaneLink):
         return SenderHandle(self, endpoint)
 
 
+class Parting:
+    """One use of a tail that ends; once, however often it is called."""
+
+    __slots__ = ("_done", "_tail")
+
+    def __init__(self, tail: Tail) -> None:
+        self._tail = tail
+        self._done = False
+
+    def __call__(self) -> None:
+        if not self._done:
+            # No signal's handler comes between these two.
+            self._done = True
+            self._tail._uses -= 1
+        self._tail._end_if_unused()
+
+
 class Head(LaneLink):
     """Where messages come out: one receiver's."""
 
@@ -252,10 +270,10 @@ class Head(LaneLink):
     def retain(self) -> Head:
         raise NotImplementedError
 
-    def release(self) -> None:
-        _switchboard.post(self._close)
+    def parting(self) -> Callable[[], None]:
+        return self.close
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Nobody will receive any more."""
         try:
             if self.waits:
@@ -270,7 +288,7 @@ class Head(LaneLink):
                 self.tail = None
             self.inlet.close()
         except BaseException:
-            _switchboard.post_again(self._close)
+            _switchboard.post_again(self.close)
             raise
 
     def lend(self, endpoint: Endpoint | None) -> LaneHandle:
@@ -307,145 +325,3 @@ class Head(LaneLink):
             tail.lose()
         tail._grant_all()
         tail._release()
-
-
-class TravellingLane(LaneHandle):
-    """What both ends have in common on their way: perhaps a real channel in their place."""
-
-    __slots__ = ("_endpoint", "_far", "_near")
-
-    def __init__(self, endpoint: Endpoint | None) -> None:
-        #: What is sent; none where it is only passed on.
-        self._endpoint = endpoint
-        #: This process's end of the channel, and the one that goes.
-        self._near: Link | None = None
-        self._far: Link | None = None
-
-    def _make(self) -> tuple[Link, Link]:
-        """Both ends: the sending and the receiving one."""
-        _switchboard.prepare()
-        return Link.pair(CHANNEL_BUFFER)
-
-    def arrive(self) -> None:
-        """In a forked child, which has the channel already: the endpoint is on that from now on."""
-        assert self._near is not None
-        assert self._far is not None
-        assert self._endpoint is not None
-        self._near.release()
-        self._endpoint._link = self._far
-        self._endpoint._moved = False
-
-    def sent(self) -> None:
-        # Told with locks of others held, as may be.
-        _switchboard.post(self._sent)
-
-    def unsent(self) -> None:
-        _switchboard.post(self._unsent)
-
-    def _sent(self) -> None:
-        raise NotImplementedError
-
-    def _unsent(self) -> None:
-        for link in (self._near, self._far):
-            if link is not None:
-                link.release()
-
-
-class SenderHandle(TravellingLane):
-    """A sender that travels, by copy. One use of the tail is its, until it is where it goes."""
-
-    __slots__ = ("_feed", "_stays", "_tail")
-
-    kind = HandleKind.SENDER
-
-    def __init__(self, tail: Tail, endpoint: Endpoint | None) -> None:
-        super().__init__(endpoint)
-        self._tail = tail.retain() if endpoint is not None else tail
-        #: What brings the copy's messages, once that crosses.
-        self._feed: StreamFeed | None = None
-        self._stays = False
-
-    def fileno(self) -> int:
-        if self._far is None:
-            self._far, self._near = self._make()
-        return self._far.fileno()
-
-    def cross(self, trunk: Trunk) -> int:
-        # Known before the message leaves: the other side may be quick.
-        self._feed = trunk.expect(self._tail)
-        self._tail.add_feed(self._feed)
-        return self._feed.stream
-
-    def stay(self) -> LaneLink:
-        self._stays = True
-        return self._tail
-
-    def back(self) -> None:
-        self._stays = False
-        feed, self._feed = self._feed, None
-        if feed is not None:
-            feed.forget()
-            self._tail.feeders.discard(feed)
-
-    def _sent(self) -> None:
-        if self._near is not None and self._far is not None:
-            self._far.release()
-            self._tail.add_feed(Bridge(self._near, self._tail))
-        elif self._feed is None and not self._stays:
-            self._tail._release()
-
-    def _unsent(self) -> None:
-        super()._unsent()
-        self._tail._release()
-
-
-class ReceiverHandle(TravellingLane):
-    """A receiver that moves: its head has been taken out of it, and is put back if the message never leaves."""
-
-    __slots__ = ("_head", "_stays", "_stream", "_trunk")
-
-    kind = HandleKind.RECEIVER
-
-    def __init__(self, head: Head, endpoint: Endpoint | None) -> None:
-        super().__init__(endpoint)
-        self._head = head
-        self._trunk: Trunk | None = None
-        self._stream = -1
-        self._stays = False
-
-    def fileno(self) -> int:
-        if self._far is None:
-            self._near, self._far = self._make()
-        return self._far.fileno()
-
-    def cross(self, trunk: Trunk) -> int:
-        self._trunk, self._stream = trunk, trunk.reserve()
-        return self._stream
-
-    def stay(self) -> LaneLink:
-        self._stays = True
-        return self._head
-
-    def back(self) -> None:
-        self._stays = False
-        trunk, self._trunk = self._trunk, None
-        if trunk is not None:
-            trunk.unreserve(self._stream)
-
-    def _sent(self) -> None:
-        near, trunk, stream = self._near, self._trunk, self._stream
-        if trunk is not None:
-            self._head.leave(lambda tail: trunk.use_reserved(tail, stream))
-        elif near is not None and self._far is not None:
-            self._far.release()
-            self._head.leave(lambda tail: tail.bind_channel(near))
-        elif not self._stays:
-            self._head._close()
-
-    def unsent(self) -> None:
-        # At once: whoever tried to send the receiver goes on to use it.
-        super()._unsent()
-        if self._endpoint is not None:
-            self._endpoint._link, self._endpoint._moved = self._head, False
-        else:
-            self._head.release()

@@ -11,7 +11,7 @@ that leaves, not when it is encoded:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._link import Link
@@ -29,6 +29,7 @@ from .._message import (
     ParcelHandle,
 )
 from ..errors import ProtocolError
+from . import _switchboard
 from ._lane_frame import DATA, OVERHEAD, TRAILER, Crossing, ending, weigh
 
 if TYPE_CHECKING:
@@ -42,6 +43,26 @@ class LaneLink(Link):
     __slots__ = ()
 
     kind: HandleKind
+
+    def parting(self) -> Callable[[], None]:
+        """What gives up a use of it, called with the switchboard's lock held. Interrupted, it is called again."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        _switchboard.post(self.parting())
+
+    def let_go(self, endpoint: Endpoint) -> None:
+        parting = self.parting()
+        append = _switchboard.posted.append
+        try:
+            if endpoint._link is self:
+                # No signal's handler comes between these two: the end is open, or is being closed.
+                endpoint._link = None
+                append(parting)
+            _switchboard.settle()
+        except BaseException:
+            _switchboard.settle_later()
+            raise
 
     def lend(self, endpoint: Endpoint | None) -> LaneHandle:
         """A handle that takes this end along: ``endpoint``'s, or, without one, the use of it that was the caller's."""

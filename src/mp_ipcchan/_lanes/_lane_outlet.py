@@ -57,7 +57,7 @@ class LaneOutlet(Outlet):
         trunk = self.trunk
         if trunk is None:
             raise BlockingIOError(errno.EAGAIN, "not to a stream")
-        trunk.look_now_and_then()
+        trunk.intake.look_now_and_then()
         with self.lock:
             if self.trunk is None or self.backlog or self.gone or self.passed >= self.allowed:
                 raise BlockingIOError(errno.EAGAIN, "the other side has to read first")
@@ -95,7 +95,7 @@ class LaneOutlet(Outlet):
     def send_all(self, frames: list[bytes]) -> None:
         at = 0
         if self.trunk is not None:
-            self.trunk.look_now_and_then()
+            self.trunk.intake.look_now_and_then()
             with self.lock:
                 at = self._send_together(frames)
         for one in frames[at:]:
@@ -187,7 +187,7 @@ class LaneOutlet(Outlet):
         """Maybe there is room already, and nobody has looked."""
         trunk = self.trunk
         if trunk is not None and self.passed >= self.allowed:
-            trunk.look()
+            trunk.intake.look()
 
     def drain(self, leave: int = 0) -> bool:  # noqa: ARG002  (messages are not packed, so none is left for the next pack)
         self._look()

@@ -16,8 +16,9 @@ from .._sender import BytesSender, Sender
 from .._typed_codec import MAX_SIZE, codec_of
 from . import _switchboard
 from ._lane import Head, Tail
+from ._lane_intake import StreamFeed
 from ._lane_message import LaneLink
-from ._trunk import StreamFeed, Trunk
+from ._trunk import Trunk
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,13 +113,15 @@ class Mux(Endpoint):
 
     def close(self) -> None:
         """Close ``tx`` and ``rx``. Channels made by ``channel`` go on; the socket closes with the last of them."""
-        trunk, self._trunk = self._trunk, None
-        super().close()
+        trunk = self._trunk
         if trunk is not None:
             for end in (self._tx, self._rx):
                 if end is not None:
                     end.close()
             _switchboard.post(trunk.release)
+            self._trunk = None
+        # Last: what a signal's handler interrupts can be done again.
+        super().close()
 
     def _claim(self) -> Link:
         link = self._open_link()

@@ -27,12 +27,14 @@ from time import monotonic
 from typing import Protocol
 
 from .._deadline import deadline_in, wait_for
+from .._interrupt import raised_by_handler
 
 #: How long to wait (seconds) before something is tried again that no event tells of.
 _PAUSE = 0.02
 
 lock = threading.RLock()
-_posted: deque[Callable[[], None]] = deque()
+#: To be done under the lock, by whoever gets it. What a signal's handler interrupts is done again, from its beginning.
+posted: deque[Callable[[], None]] = deque()
 
 
 class Source(Protocol):
@@ -102,14 +104,21 @@ _board = _Board()
 
 
 def post(action: Callable[[], None]) -> None:
-    """Have ``action`` called under the lock: now, or as soon as its holder lets go."""
-    _posted.append(action)
-    settle()
+    """Have ``action`` called under the lock: now, or as soon as its holder lets go.
+
+    Where a signal's handler raises in it, it is called again.
+    """
+    try:
+        posted.append(action)
+        settle()
+    except BaseException:
+        settle_later()
+        raise
 
 
 def settle() -> None:
     """Do what was posted while this thread held the lock."""
-    while _posted:
+    while posted:
         if lock._is_owned():  # type: ignore[attr-defined]
             return
         held: list[bool] = []
@@ -117,24 +126,38 @@ def settle() -> None:
             # Taken and noted in one C call, so that a signal's handler can't leave it locked.
             held.extend(map(lock.acquire, (False,)))
             if held[0]:
-                for _ in range(len(_posted)):
-                    _posted.popleft()()
+                for _ in range(len(posted)):
+                    _do_first()
+        except BaseException:
+            settle_later()
+            raise
         finally:
             if held and held[0]:
                 lock.release()
         if not held[0]:
-            _settle_later()
+            settle_later()
             return
+
+
+def _do_first() -> None:
+    try:
+        posted[0]()
+    except BaseException as error:
+        if not raised_by_handler(error):
+            posted.popleft()
+        raise
+    # Not before: where a handler comes between, it is done again.
+    posted.popleft()
 
 
 def post_again(action: Callable[[], None]) -> None:
     """As ``post``, but later: a signal's handler has raised in the middle of ``action``, which may be begun anew."""
-    _posted.append(action)
+    posted.append(action)
 
 
-def _settle_later() -> None:
-    """Have a thread wait for the lock; who is here must not."""
-    if not _board.settling:
+def settle_later() -> None:
+    """Have a thread wait for the lock, and ``settle``; who is here must not, or was interrupted."""
+    if posted and not _board.settling:
         _board.settling = True
         try:
             _thread.start_new_thread(_settle_in_thread, ())
@@ -341,7 +364,7 @@ def _reset_after_fork() -> None:
     """In a forked child: what was listened to is the parent's."""
     global lock, _board
     lock = threading.RLock()
-    _posted.clear()
+    posted.clear()
     old, _board = _board, _Board()
     if old.epoll is not None:
         old.epoll.close()
