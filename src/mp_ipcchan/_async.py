@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ._link import Link
@@ -53,6 +54,9 @@ class Host(Protocol):
     async def ready(self, fd: int, writing: bool, waits: Waits) -> None:
         """Wait until ``fd``, which is private to the caller, is readable or writable, or until ``waits`` is woken."""
 
+    async def called(self, came: Callable[[], bool], waits: Waits) -> None:
+        """Wait until ``waits`` is woken, unless ``came`` says that it isn't to be waited for."""
+
     async def sleep(self, seconds: float) -> None: ...
 
 
@@ -87,7 +91,7 @@ class Waits:
         return self._turn[1]
 
     def close(self) -> None:
-        """The link closes: wake everybody."""
+        """The link closes, or says that something has come: wake everybody."""
         for wake in list(self.wakers):
             wake()
 
@@ -113,6 +117,22 @@ class _Asyncio:
 
     async def ready(self, fd: int, writing: bool, waits: Waits) -> None:
         loop = self.key
+        with self._woken(waits) as (woken, wake):
+            try:
+                (loop.add_writer if writing else loop.add_reader)(fd, wake)
+                await woken
+            finally:
+                (loop.remove_writer if writing else loop.remove_reader)(fd)
+
+    async def called(self, came: Callable[[], bool], waits: Waits) -> None:
+        with self._woken(waits) as (woken, _):
+            if not came():
+                await woken
+
+    @contextmanager
+    def _woken(self, waits: Waits) -> Iterator[tuple[Any, Callable[[], None]]]:
+        """A future that is done when ``waits`` is woken, and what does that at once."""
+        loop = self.key
         woken = loop.create_future()
 
         def wake() -> None:
@@ -125,11 +145,9 @@ class _Asyncio:
 
         waits.wakers.append(wake_from_outside)
         try:
-            (loop.add_writer if writing else loop.add_reader)(fd, wake)
-            await woken
+            yield woken, wake
         finally:
             waits.wakers.remove(wake_from_outside)
-            (loop.remove_writer if writing else loop.remove_reader)(fd)
 
     async def sleep(self, seconds: float) -> None:
         await self._asyncio.sleep(seconds)
@@ -150,6 +168,17 @@ class _Trio:
         await self._trio.lowlevel.checkpoint()
 
     async def ready(self, fd: int, writing: bool, waits: Waits) -> None:
+        with self._woken(waits):
+            await (self._trio.lowlevel.wait_writable if writing else self._trio.lowlevel.wait_readable)(fd)
+
+    async def called(self, came: Callable[[], bool], waits: Waits) -> None:
+        with self._woken(waits):
+            if not came():
+                await self._trio.sleep_forever()
+
+    @contextmanager
+    def _woken(self, waits: Waits) -> Iterator[None]:
+        """For a block that ends when ``waits`` is woken."""
         trio, token = self._trio, self.key
         with trio.CancelScope() as scope:
 
@@ -161,7 +190,7 @@ class _Trio:
 
             waits.wakers.append(wake_from_outside)
             try:
-                await (trio.lowlevel.wait_writable if writing else trio.lowlevel.wait_readable)(fd)
+                yield
             finally:
                 waits.wakers.remove(wake_from_outside)
 
@@ -235,9 +264,19 @@ async def receive(source: Source[T_co]) -> T_co:
             try:
                 return source.try_recv()
             except Empty:
-                await _ready(host, source.fileno(), False, waits)
+                await _arrival(host, source, waits)
     finally:
         turn.release()
+
+
+async def _arrival(host: Host, source: Source[Any], waits: Waits) -> None:
+    inlet = source._open_link().inlet
+    if not inlet.announces:
+        await _ready(host, source.fileno(), False, waits)
+        return
+    inlet.announce(waits.close)
+    waits.steps = 0
+    await host.called(lambda: inlet.holding, waits)
 
 
 class Messages(Generic[T_co]):

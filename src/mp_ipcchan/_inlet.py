@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice, repeat, starmap, takewhile
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from ._deadline import wait_for
 from ._interrupt import raised_by_handler
@@ -93,6 +93,8 @@ class Inlet:
 
     #: Has what comes for several inlets handed out to them; none where each has a source of its own.
     hand_out: Callable[[], object] | None = None
+    #: Whether there is no ``source``, and ``announce`` takes its place.
+    announces: ClassVar[bool] = False
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -421,6 +423,10 @@ class Inlet:
     def source(self) -> int:
         """A descriptor for those who ask for ``holding``, too: it tells of what comes from elsewhere."""
         return self._sock.fileno()
+
+    def announce(self, call: Callable[[], object] | None) -> None:
+        """Have ``call`` called, by any thread, whenever something has come; None: no more."""
+        raise NotImplementedError
 
     def unload(self) -> list[Incoming]:
         """Take out all that waits here, for a receiver that moves."""

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ from mp_ipcchan import (
     EndpointMoved,
     Fd,
     MessageReceived,
+    Mux,
     OpaqueReceiver,
     ProtocolError,
     Ready,
@@ -46,6 +47,7 @@ from mp_ipcchan import (
     channel,
 )
 
+from ..queues.test_signals import interrupted_at, needs_returns_unwatched
 from ._support import (
     LIMIT,
     MEDIUM,
@@ -883,6 +885,50 @@ def test_S14_kept_events_leave_with_their_member() -> None:
         with receivers.remove(0) as rx:
             assert [rx.recv(LIMIT) for _ in range(40)] == list(range(40))
         assert read_until(receivers, 40) == [(1, value) for value in range(40)]
+
+
+@interrupted
+@needs_returns_unwatched
+@pytest.mark.parametrize("mux", [False, True], ids=["channel", "mux"])
+def test_interrupted_remove_loses_no_receiver(mux: bool) -> None:
+    """Wherever a signal's handler raises in ``remove``, it has returned the receiver, or that is a member still."""
+    with ExitStack() as stack:
+        left, right = Mux.pair()
+        stack.enter_context(left)
+        stack.enter_context(right)
+        for place in count(1):
+            if mux:
+                tx, rx = left.channel()
+                left.tx.send(rx)
+                rx = right.rx.recv(LIMIT)
+            else:
+                tx, rx = channel()
+            with tx, ReceiverSet() as receivers:
+                number = receivers.add(rx)
+                del rx
+                tx.send_many(range(40))
+                receivers._kept = receivers.select(LIMIT)
+                removed: list[Receiver[int]] = []
+                # Kept in the C call that removes.
+                was_interrupted = interrupted_at(
+                    place,
+                    lambda: removed.extend(map(receivers.remove, (number,))),  # noqa: B023
+                )
+                if not removed:
+                    assert number in receivers
+                    tx.send(40)
+                    found = read_until(receivers, 1)
+                    removed.append(receivers.remove(number))
+                    assert [value for _, value in found] == [*range(len(found))]
+                with removed.pop() as again:
+                    first = again.recv(LIMIT)
+                    assert [again.recv(LIMIT) for _ in range(39 - first)] == [*range(first + 1, 40)]
+                assert number not in receivers
+                with pytest.raises(Empty):
+                    receivers.try_select()
+            if not was_interrupted:
+                assert place > 10
+                break
 
 
 # -- fork -------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from mp_ipcchan import Disconnected, Fd, Mux
+from mp_ipcchan import Disconnected, Empty, Fd, MessageReceived, Mux, Receiver, ReceiverSet
 
 from ..conformance._support import LIMIT
 from ..processes._support import context_of, started
@@ -67,6 +71,76 @@ def _ask(count: int) -> None:
 @pytest.mark.parametrize("count", [5_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_ten_thousand_channels_and_few_descriptors(count: int) -> None:
     with started(context_of("fork"), _ask, count):
+        pass
+
+
+def _send_to_each(mux: Mux, count: int) -> None:
+    _limit()
+    with mux:
+        senders = []
+        for _ in range(count):
+            tx, rx = mux.channel()
+            senders.append(tx)
+            mux.tx.send(rx)
+        for number, tx in enumerate(senders):
+            if number % 1000 == 0:
+                assert mux.rx.recv(LIMIT) == "go on"
+            tx.send(number)
+            tx.close()
+
+
+def _select_of(count: int) -> None:
+    """All in one set, at the same time."""
+    _limit()
+    left, right = Mux.pair()
+    with left, ReceiverSet() as receivers, started(context_of("fork"), _send_to_each, right, count):
+        for _ in range(count):
+            receivers.add(left.rx.recv(LIMIT))
+        assert len(os.listdir("/proc/self/fd")) < FEW
+        got: set[int] = set()
+        closed: set[int] = set()
+        while len(receivers):
+            if len(closed) == len(got) and len(got) % 1000 == 0:
+                with pytest.raises(Empty):
+                    receivers.try_select()
+                left.tx.send("go on")
+            for event in receivers.select(LIMIT):
+                if isinstance(event, MessageReceived):
+                    assert event.message.to() == event.id
+                    got.add(event.id)
+                else:
+                    assert event.id in got
+                    closed.add(event.id)
+        assert got == closed == set(range(count))
+
+
+def _await_all_of(count: int) -> None:
+    """A coroutine for each."""
+    _limit()
+    left, right = Mux.pair()
+
+    async def receive(rx: Receiver[int], number: int) -> None:
+        async with asyncio.timeout(LIMIT) if sys.version_info >= (3, 11) else nullcontext():
+            assert [one async for one in rx] == [number]
+        rx.close()
+
+    async def receive_all() -> None:
+        tasks = [asyncio.ensure_future(receive(left.rx.recv(LIMIT), number)) for number in range(count)]
+        for _ in range(0, count, 1000):
+            await asyncio.sleep(0)
+            left.tx.send("go on")
+        assert len(os.listdir("/proc/self/fd")) < FEW
+        await asyncio.gather(*tasks)
+
+    with left, started(context_of("fork"), _send_to_each, right, count):
+        asyncio.run(receive_all())
+
+
+@pytest.mark.parametrize("wait", [_select_of, _await_all_of], ids=["set", "coroutines"])
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_waited_for_together(wait: Callable[[int], None], count: int) -> None:
+    """In a set, or each in a coroutine, they take no descriptor either."""
+    with started(context_of("fork"), wait, count):
         pass
 
 

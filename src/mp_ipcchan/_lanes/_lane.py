@@ -241,20 +241,14 @@ class Head(LaneLink):
         # Moved in one C call: what is still in the box when a signal's handler raises was not taken.
         self.inlet.count(box[0])
         self.inlet.ready.extend(map(box.pop, (0,)))
-        self._tell()
+        self.inlet.tell()
 
     def take_in(self, item: Outgoing, noted: list[object]) -> None:
         """Take what a sender of this process sends; ``noted`` is filled then."""
         incoming = item if isinstance(item, bytes) else as_parcel(item)
         self.inlet.count(incoming)
         noted.extend(map(self.inlet.ready.append, (incoming,)))
-        self._tell()
-
-    def _tell(self) -> None:
-        inlet = self.inlet
-        if inlet.waker is not None:
-            inlet.waker.set()
-        _switchboard.wake(inlet)
+        self.inlet.tell()
 
     def unfeed(self, feed: Feed) -> None:
         self._feeders.discard(feed)
@@ -263,7 +257,7 @@ class Head(LaneLink):
     def _note_end(self) -> None:
         if not self._feeders and self.tail is None:
             self.inlet.ended = True
-            self._tell()
+            self.inlet.tell()
 
     # -- who has it --------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
 """The receiving half of a lane's head: an inlet that the switchboard fills.
 
-All that it has waits in user space, so its ``fileno`` costs a descriptor, made when somebody asks.
+All that it has waits in user space, so its ``fileno`` costs a descriptor, made when somebody asks; sets and
+coroutines have it call them instead.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -39,13 +41,17 @@ def parcels_held() -> int:
 class LaneInlet(Inlet):
     """The receiving half of a head."""
 
-    __slots__ = ("_came", "_grant_at", "_took", "ended", "head")
+    __slots__ = ("_call", "_came", "_grant_at", "_took", "ended", "head")
+
+    announces = True
 
     hand_out = staticmethod(_switchboard.pump_all)
 
     def __init__(self, head: Head) -> None:
         self._begin()
         self.waker = _UNASKED
+        #: Whom to call when something has come.
+        self._call: Callable[[], object] | None = None
         self.segments = NO_SEGMENTS
         self.head: Head | None = head
         #: Whether nothing will come any more.
@@ -170,14 +176,28 @@ class LaneInlet(Inlet):
                     flag.set()
             return flag.fileno()
 
-    def source(self) -> int:
-        # The socket is that of others, too, and whoever listens hands out for all.
-        return self.fileno()
+    def announce(self, call: Callable[[], object] | None) -> None:
+        with _switchboard.lock:
+            if call == self._call:
+                return
+            self._call = call
+            if call is not None:
+                _switchboard.need(self)
+            elif not isinstance(self.waker, _Flag):
+                _switchboard.done_with(self)
+
+    def tell(self) -> None:
+        """Something has come, or the end. The lock is held."""
+        if self.waker is not None:
+            self.waker.set()
+        if self._call is not None:
+            self._call()
+        _switchboard.wake(self)
 
     def close(self) -> None:
         global _parcels
         _switchboard.done_with(self)
-        self.head = None
+        self.head = self._call = None
         self.segments = NO_SEGMENTS
         _parcels -= sum(cost(message) == HEAVY for message in self.ready)  # type: ignore[arg-type]
         super().close()

@@ -52,8 +52,11 @@ class Member:
         self.ended: bool = False
 
     def fileno(self) -> int:
-        """What to wait for."""
+        """What to wait for; -1 where it has nothing of the kind, and ``announce`` is to be asked."""
         raise NotImplementedError
+
+    def announce(self, call: Callable[[], object] | None) -> None:
+        """Have ``call`` called, by any thread, whenever something has come that no descriptor shows; None: no more."""
 
     def take(self) -> Incoming:
         """The next message. Raises ``BlockingIOError``, ``EndOfStream``, ``NoRoom``, or what is wrong with one."""
@@ -68,11 +71,16 @@ class Member:
         """Whether there was as much to take as was asked for."""
 
     def put_back(self, messages: list[Incoming]) -> None:
-        """Let ``messages`` be the next again."""
+        """Let ``messages`` be the next again. They leave the list as they get there."""
 
     @property
     def holding(self) -> bool:
         """Whether it has messages that waiting for its descriptor doesn't show."""
+        return False
+
+    @property
+    def has_left(self) -> bool:
+        """Whether ``leave`` has given it back already; never where it was its owner's all the time."""
         return False
 
     def leave(self) -> object:
@@ -94,7 +102,7 @@ class _Inlets(Member):
         return self._inlet.take_message(False)
 
     def put_back(self, messages: list[Incoming]) -> None:
-        self._inlet.put_back(*messages)
+        self._inlet.take_back(messages)  # type: ignore[arg-type]
 
 
 class ReceiverMember(_Inlets):
@@ -113,7 +121,11 @@ class ReceiverMember(_Inlets):
 
     def fileno(self) -> int:
         # What waits in user space is asked for.
-        return self._inlet.source()
+        return -1 if self._inlet.announces else self._inlet.source()
+
+    def announce(self, call: Callable[[], object] | None) -> None:
+        if self._inlet.announces:
+            self._inlet.announce(call)
 
     @property
     def batch(self) -> int:  # type: ignore[override]
@@ -130,6 +142,10 @@ class ReceiverMember(_Inlets):
     @property
     def holding(self) -> bool:
         return self._inlet.holding
+
+    @property
+    def has_left(self) -> bool:
+        return self._receiver._link is self._link
 
     def leave(self) -> ReceivingEnd:
         self._receiver._restore(self._link)
@@ -189,7 +205,7 @@ class SimpleQueueMember(Member):
                 return taken  # type: ignore[return-value]
 
     def put_back(self, messages: list[Incoming]) -> None:
-        self._queue._reader._link.inlet.put_back(*messages)
+        self._queue._reader._link.inlet.take_back(messages)  # type: ignore[arg-type]
 
     def leave(self) -> SimpleQueue[Any]:
         return self._queue
@@ -232,13 +248,14 @@ class QueueMember(Member):
         return incoming
 
     def put_back(self, messages: list[Incoming]) -> None:
-        self._queue._inlet.put_back(*messages)
+        count = len(messages)
+        self._queue._inlet.take_back(messages)  # type: ignore[arg-type]
         # They count as taken, and their slots were given back; both will be done again.
         books = self._queue._books
-        if messages:
-            books.ledger.take(0, -len(messages))
+        if count:
+            books.ledger.take(0, -count)
         if books.slots:
-            books.ledger.ahead += len(messages)
+            books.ledger.ahead += count
 
     def leave(self) -> Queue[Any]:
         return self._queue

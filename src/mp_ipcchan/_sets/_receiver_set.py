@@ -1,26 +1,23 @@
 """ReceiverSet: waits for many receivers at once, and gives what has come, undecoded.
 
-One epoll descriptor has all members in it, so waiting costs the same with ten of them and with ten
-thousand. Two more things can end a wait, and are shown by an eventfd that is in there, too: messages that wait in
-user space, where the kernel doesn't see them (packed ones, or of a receiver that had moved), and what
-another thread does to the set.
+One epoll descriptor has all members in it that have a descriptor (``_lookout``), so waiting costs the same with ten
+of them and with ten thousand. What else can end a wait rings a bell: messages that wait in user space, where the
+kernel doesn't see them (packed ones, or of a receiver that had moved, or of a mux's channel), and what another
+thread does to the set.
 
 Guarantees: the messages of one member are reported in order, its end behind them, once. Nobody starves: a call
 takes a few messages of each member that has some, and begins the next time with those whose turn didn't come.
 What a signal's handler that raises has interrupted is reported by the next call.
 
-Relies on: a member leaves epoll before its descriptor is closed or moves. One that is open elsewhere would go on
-firing, and could not be taken out by anybody. Waiting is done without the lock, so what has fired is only
-a reason to look, with the lock; by then it may be another's, or gone.
+Waiting is done without the lock, so what has fired is only a reason to look, with the lock; by then it may be
+another's, or gone.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import threading
 import weakref
-from collections.abc import Callable
 from itertools import repeat, starmap
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
 
@@ -31,18 +28,16 @@ from .._interrupt import raised_by_handler
 from .._message import Incoming, Parcel
 from ..errors import Empty, EndpointClosed
 from ._events import ChannelClosed, MessageReceived, Ready
+from ._lookout import Lookout
 from ._members import Member, Selectable, member_for
+from ._membership import Membership
 from ._undecoded import UndecodedMessage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Event: TypeAlias = MessageReceived | ChannelClosed | Ready
-# By another name, because a method of the set has the module's.
-_Epoll: TypeAlias = select.epoll
 
-#: The most members that have their turn in one call.
-_MOST_MEMBERS = 64
 #: The longest single wait (seconds): epoll takes a C int of milliseconds. Longer waits are several.
 _LONGEST = 1_000_000.0
 
@@ -61,15 +56,7 @@ class ReceiverSet:
     """
 
     def __init__(self) -> None:
-        self._next_id = 0
-        self._members: dict[int, Member] = {}
-        #: By the descriptor that is waited for.
-        self._by_fd: dict[int, Member] = {}
-        #: Those with messages in user space, and those to look at now and then. By id, next turn first.
-        self._holding: dict[int, Member] = {}
-        self._glancing: dict[int, Member] = {}
-        #: What has messages handed out to members, before these are asked for some.
-        self._hand_outs: set[Callable[[], object]] = set()
+        self._membership = Membership()
         #: Events that an interrupted call has taken.
         self._kept: list[Event] = []
         self._lock: threading.RLock = threading.RLock()
@@ -78,11 +65,6 @@ class ReceiverSet:
         #: How many threads wait.
         self._waiting = 0
         self._closed = False
-        #: None after a fork, until the set is used again.
-        self._epoll: _Epoll | None = None
-        self._event = -1
-        #: Whether the eventfd may be raised.
-        self._raised = False
         self._open()
         _sets.add(self)
         endpoints.add(self)
@@ -97,88 +79,63 @@ class ReceiverSet:
         ``EndpointClosed`` where this set is closed; ``OSError`` where the system has no room.
         """
         with self._lock:
-            epoll = self._open()
+            self._open()
             member = member_for(receiver)
-            entered = False
-            try:
-                self._enter(epoll, member)
-                entered = True
-            finally:
-                if not entered:
-                    if member.fd >= 0 and member.fd not in self._by_fd:
-                        self._unregister(member)
-                    member.leave()
+            self._membership.enter(member)
             return member.id
-
-    def _enter(self, epoll: _Epoll, member: Member) -> None:
-        fd = member.fileno()
-        try:
-            epoll.register(fd, select.EPOLLIN)
-        except FileExistsError:
-            if fd in self._by_fd:
-                raise ValueError(f"descriptor {fd} is a member of this set already") from None
-        except PermissionError:
-            raise ValueError(f"descriptor {fd} is of a file that is always ready: it can't be waited for") from None
-        member.fd = fd
-        stale = self._by_fd.get(fd)
-        if stale is not None:
-            # Its owner has closed it, and the number went to another.
-            self._forget(stale)
-        if member.hand_out is not None:
-            self._hand_outs.add(member.hand_out)
-        holding, glancing = member.holding, member.glance is not None
-        if holding or glancing:
-            # Who waits already has to know.
-            self._raise()
-        # From here on nothing comes between: it is a member altogether or not at all.
-        member.id, self._next_id = self._next_id, self._next_id + 1
-        if holding:
-            self._holding[member.id] = member
-        if glancing:
-            self._glancing[member.id] = member
-        self._by_fd[fd] = self._members[member.id] = member
 
     def remove(self, id: int) -> Any:  # noqa: A002  (the contract's name)
         """Take a member out, with the messages that wait for it; ``KeyError`` where there is none of that id.
 
-        Returns what was added: a ``Receiver`` works again.
+        Returns what was added: a ``Receiver`` works again. Where a signal's handler raises, it is a member still.
         """
-        with self._lock:
-            self._open()
-            member = self._members.get(id)
-            if member is None:
-                raise KeyError(f"no member of this set has the id {id}: it has left, or never was one")
-            kept = [one.message._incoming for one in self._kept if isinstance(one, MessageReceived) and one.id == id]
-            self._kept = [one for one in self._kept if one.id != id]
-            self._unregister(member)
-            self._forget(member)
-            member.put_back([incoming for incoming in kept if incoming is not None])
-            return member.leave()
-
-    def _unregister(self, member: Member) -> None:
-        if self._epoll is None:
-            return
+        member = None
         try:
-            self._epoll.unregister(member.fd)
-        except OSError:
-            # Its owner has closed it: then the kernel has done this.
-            pass
+            with self._lock:
+                self._open()
+                member = self._membership.by_id.get(id)
+                if member is None:
+                    raise KeyError(f"no member of this set has the id {id}: it has left, or never was one")
+                self._give_back_kept(member)
+                self._take_out(member)
+            # Last: no call comes behind it, where a handler that raises would lose what is returned.
+            return member.leave()
+        except BaseException:
+            if member is not None and not member.has_left:
+                with self._lock:
+                    self._readmit(member)
+            raise
 
-    def _forget(self, member: Member) -> None:
-        del self._members[member.id]
-        if self._by_fd.get(member.fd) is member:
-            del self._by_fd[member.fd]
-        self._holding.pop(member.id, None)
-        self._glancing.pop(member.id, None)
-        if not self._members and self._waiting:
-            # Who waits would do so for ever.
-            self._raise()
+    def _give_back_kept(self, member: Member) -> None:
+        """Let a member that leaves take along what an interrupted call had taken."""
+        kept = [one.message._incoming for one in self._kept if isinstance(one, MessageReceived) and one.id == member.id]
+        held = [incoming for incoming in kept if incoming is not None]
+        others = [one for one in self._kept if one.id != member.id]
+        try:
+            self._kept = others
+            member.put_back(held)
+        except BaseException:
+            # What has got there has left ``held``.
+            member.put_back(held)
+            raise
+
+    def _readmit(self, member: Member) -> None:
+        """A signal's handler has raised in ``remove``, and may have closed the set before."""
+        if self._closed:
+            member.drop()
+        else:
+            self._membership.readmit(member)
+
+    def _take_out(self, member: Member) -> None:
+        self._membership.unregister(member)
+        self._membership.forget(member)
+        self._pass_on()
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._membership.by_id)
 
     def __contains__(self, id: object) -> bool:  # noqa: A002
-        return id in self._members
+        return id in self._membership.by_id
 
     # -- waiting ---------------------------------------------------------------------------
 
@@ -197,22 +154,24 @@ class ReceiverSet:
             events = self._collect(glance)
             if events:
                 return events
-            if deadline is None and not self._members and not alone:
+            if deadline is None and not self._membership.by_id and not alone:
                 self._pass_on()
                 raise ValueError("this set has no members: nothing will ever come")
             if late:
                 self._pass_on()
                 raise Empty("nothing came for any member of the set")
             left = remaining(deadline)
-            longest = min((one.glance or _LONGEST for one in tuple(self._glancing.values())), default=_LONGEST)
+            longest = min(
+                (one.glance or _LONGEST for one in tuple(self._membership.glancing.values())), default=_LONGEST
+            )
             glance = not self._wait(longest if left is None else min(left, longest))
             late = left is not None and (not left or (glance and left <= longest))
 
     def _pass_on(self) -> None:
         """Of those who wait, one is woken at a time: when the set becomes empty, each has to hear of it."""
         with self._lock:
-            if not self._members and self._waiting:
-                self._raise()
+            if not self._membership.by_id and self._waiting:
+                self._membership.ring()
 
     def try_select(self) -> list[Event]:
         """As ``select``, for what is there now, else ``Empty``."""
@@ -232,10 +191,10 @@ class ReceiverSet:
         entered = False
         try:
             with self._lock:
-                epoll = self._open()
+                lookout = self._open()
                 self._waiting += 1
                 entered = True
-            return bool(epoll.poll(seconds, 1))
+            return lookout.wait(seconds)
         finally:
             if entered:
                 with self._lock:
@@ -252,9 +211,10 @@ class ReceiverSet:
                     return []
                 try:
                     self._taking = True
-                    epoll = self._open()
+                    self._open()
                     events, self._kept = self._kept, events
-                    self._collect_into(events, epoll, glance)
+                    for member in self._membership.turns(glance):
+                        self._visit(member, events)
                 finally:
                     self._taking = False
                     self._shut_if_closed()
@@ -267,34 +227,15 @@ class ReceiverSet:
     def _recover(self, events: list[Event]) -> None:
         """A signal's handler has raised: what it interrupted is still to be done."""
         self._kept = events + self._kept
-        for member in [one for one in self._members.values() if one.ended]:
+        for member in [one for one in self._membership.by_id.values() if one.ended]:
             self._finish(member)
-        self._holding = {member.id: member for member in self._members.values() if member.holding}
-        if self._kept or self._holding:
-            self._raise()
-
-    def _collect_into(self, events: list[Event], epoll: _Epoll, glance: bool) -> None:
-        for hand_out in self._hand_outs:
-            hand_out()
-        first = list(self._holding.values())[:_MOST_MEMBERS]
-        if glance:
-            first += self._glancing.values()
-        for member in first:
-            self._visit(member, events)
-        for fd, _ in epoll.poll(0, _MOST_MEMBERS):
-            ready = self._by_fd.get(fd)
-            if ready is None:
-                self._refuse(epoll, fd)
-            elif ready not in first:
-                self._visit(ready, events)
-        if self._holding:
-            self._raise()
-        elif self._raised:
-            self._clear()
+        self._membership.look_at_all()
+        if self._kept:
+            self._membership.ring()
 
     def _visit(self, member: Member, events: list[Event]) -> None:
         """Report what ``member`` has, up to a few messages."""
-        if member.id not in self._members:
+        if member.id not in self._membership.by_id:
             # A signal's handler, or a finalizer, has removed it or closed the set.
             return
         decoding = member.decoding
@@ -339,60 +280,18 @@ class ReceiverSet:
                 events.append(closed)
             self._finish(member)
         else:
-            self._holding.pop(member.id, None)
-            if member.holding:
-                # Behind the others.
-                self._holding[member.id] = member
+            self._membership.had_turn(member)
 
     def _finish(self, member: Member) -> None:
-        self._unregister(member)
-        self._forget(member)
+        self._take_out(member)
         member.drop()
-
-    def _refuse(self, epoll: _Epoll, fd: int) -> None:
-        """Something fired that is no member: our own eventfd, or what an interrupted ``add`` has left."""
-        if fd != self._event:
-            try:
-                epoll.unregister(fd)
-            except OSError:
-                # It was one, and has been closed since.
-                pass
-
-    def _raise(self) -> None:
-        if self._event >= 0:
-            self._raised = True
-            os.eventfd_write(self._event, 1)
-
-    def _clear(self) -> None:
-        try:
-            os.eventfd_read(self._event)
-        except BlockingIOError:
-            pass
-        # Not before: interrupted in between, it is cleared the next time.
-        self._raised = False
 
     # -- the set itself --------------------------------------------------------------------
 
-    def _open(self) -> _Epoll:
-        """The epoll descriptor; all is registered anew after a fork."""
+    def _open(self) -> Lookout[Member]:
         if self._closed:
             raise EndpointClosed("this ReceiverSet is closed")
-        if self._epoll is None:
-            epoll = select.epoll()
-            try:
-                self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                epoll.register(self._event, select.EPOLLIN)
-                self._by_fd.clear()
-                for member in self._members.values():
-                    member.fd = member.fileno()
-                    epoll.register(member.fd, select.EPOLLIN)
-                    self._by_fd[member.fd] = member
-            except BaseException:
-                epoll.close()
-                self._close_event()
-                raise
-            self._epoll = epoll
-        return self._epoll
+        return self._membership.lookout()
 
     @property
     def closed(self) -> bool:
@@ -404,17 +303,13 @@ class ReceiverSet:
             if self._closed:
                 return
             self._closed = True
-            members = list(self._members.values())
-            self._members.clear()
-            self._holding.clear()
-            self._glancing.clear()
-            self._by_fd.clear()
+            members = self._membership.clear()
             self._drop_kept()
             for member in members:
-                self._unregister(member)
+                self._membership.unregister(member)
                 member.drop()
             # Who waits would not notice.
-            self._raise()
+            self._membership.ring()
             self._shut_if_closed()
 
     def _drop_kept(self) -> None:
@@ -426,29 +321,15 @@ class ReceiverSet:
     def _shut_if_closed(self) -> None:
         """Close what is the set's own, once nobody is at it any more: the last to leave does it."""
         if self._closed and not self._waiting and not self._taking:
-            self._shut()
-
-    def _shut(self) -> None:
-        epoll, self._epoll = self._epoll, None
-        if epoll is not None:
-            epoll.close()
-        self._close_event()
-
-    def _close_event(self) -> None:
-        fd, self._event = self._event, -1
-        self._raised = False
-        if fd >= 0:
-            os.close(fd)
+            self._membership.close()
 
     def _reset_after_fork(self) -> None:
         """The epoll set is the parent's: what was done to it here, would be done there."""
         self._lock = threading.RLock()
         self._taking = False
         self._waiting = 0
-        # What waits in user space, as well.
-        self._holding.clear()
         self._drop_kept()
-        self._shut()
+        self._membership.reset_after_fork()
 
     def __enter__(self) -> Self:
         return self
@@ -461,7 +342,7 @@ class ReceiverSet:
             self.close()
 
     def __repr__(self) -> str:
-        return f"<mp_ipcchan.ReceiverSet {'closed' if self._closed else f'of {len(self._members)}'}>"
+        return f"<mp_ipcchan.ReceiverSet {'closed' if self._closed else f'of {len(self._membership.by_id)}'}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a ReceiverSet can't be sent: remove its receivers, and send those")
