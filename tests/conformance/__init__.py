@@ -13,7 +13,7 @@ miss, F the reference system's failures. Each test says what its row expects, an
     P24, P25, X01-X06                  test_processes
     S01-S09, S14, S20-S28, S33         test_semantics
     H20-H24, P35, P36, S32             test_shared_memory
-    F1-F8, F11, F13                    test_findings (as F01 ...); F13 of typed channels: tests.typed
+    F1-F8, F11-F13                     test_findings (as F01 ...); F13 of typed channels: tests.typed
 
 Not here, because nothing of ours could be tested so:
 
@@ -23,5 +23,4 @@ Not here, because nothing of ours could be tested so:
     S15                                a deadline that signals don't move: in F07
     S35                                the end of the interpreter: in S06, by processes that end and are killed, and
                                        for routers in test_router
-    F12                                a buffer per receive: a figure, for the benchmarks
 """

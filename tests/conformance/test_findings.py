@@ -5,7 +5,9 @@ from __future__ import annotations
 import array
 import errno
 import os
+import queue
 import random
+import resource
 import socket
 import tempfile
 import time
@@ -21,10 +23,13 @@ from mp_ipcchan import (
     Disconnected,
     Empty,
     Fd,
+    MessageReceived,
     OneShotServer,
     ProtocolError,
     Receiver,
     ReceiverGone,
+    ReceiverSet,
+    Router,
     Sender,
     SerializationError,
     Server,
@@ -32,11 +37,13 @@ from mp_ipcchan import (
     channel,
     connect,
 )
+from mp_ipcchan._message import PACKET_SIZE
 
 from ._support import (
     LIMIT,
     MIB,
     PERSON,
+    SEVEN,
     AnyReceiver,
     AnySender,
     Child,
@@ -120,6 +127,44 @@ def test_F02_sender_killed_during_large_sends(make_pair: MakePair) -> None:
                 repeat(check_next, rx, data)
         tx.send(b"alive")
         assert rx.recv(LIMIT) == b"alive"
+
+
+@all_kinds
+@pytest.mark.parametrize("by", ["set", "router"])
+def test_F02_sender_killed_and_those_who_wait_for_many(make_pair: MakePair, by: str) -> None:
+    """Nor does a set, or a router, take the death of one of several senders for the end of the channel."""
+    tx, rx = make_pair()
+    data = pattern(2 * MIB)
+
+    def send_without_end() -> None:
+        rx.close()
+        while True:
+            tx.send(data, timeout=LIMIT)
+
+    got: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with tx, Router() as router, ReceiverSet() as receivers:
+        with bare_fork(send_without_end) as child:
+            if by == "router":
+                router.add_route(rx, got.put, on_close=lambda: got.put("closed"))
+            else:
+                receivers.add(rx)
+
+            def next_of_them() -> Any:
+                if by == "set" and got.empty():
+                    for event in receivers.select(LIMIT):
+                        got.put(event.message.to() if isinstance(event, MessageReceived) else "closed")
+                return got.get(timeout=LIMIT)
+
+            for _ in range(3):
+                assert next_of_them() == data
+            child.kill()
+            child.join()
+        tx.send(b"alive")
+        for _ in attempts():
+            last = next_of_them()
+            if last != data:
+                break
+        assert last == b"alive"
 
 
 # -- F3, F4: what a message takes along -----------------------------------------------------
@@ -457,6 +502,43 @@ def test_F11_chosen_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
             meet(name)
     assert open_descriptors() == before
     assert list(tmp_path.iterdir()) == []
+
+
+# -- F12: what a message takes --------------------------------------------------------------
+
+
+@all_kinds
+def test_F12_small_messages_take_little_memory(make_pair: MakePair) -> None:
+    """A received message keeps the memory that it needs, not what the largest would have; it is received into one
+    buffer's worth, and no fresh pages of it.
+    """
+    count = 1000
+    tx, rx = make_pair()
+    with tx, ReceiverSet() as receivers:
+        with rx:
+            faults = 0
+            for warm in (False, True):
+                before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+                for _ in range(count):
+                    tx.send(SEVEN)
+                    assert rx.recv(LIMIT) == SEVEN
+                if warm:
+                    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+            # A buffer made anew is at least a page, each time.
+            assert faults < count / 10
+            receivers.add(rx)
+        tracemalloc.start()
+        try:
+            undecoded: list[Any] = []
+            for _ in range(count):
+                tx.send(SEVEN)
+                undecoded += receivers.select(LIMIT)
+            kept, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept < count * 1024
+        assert most - kept < 2 * PACKET_SIZE
+        assert [event.message.to() for event in undecoded] == [SEVEN] * count
 
 
 # -- F13: packets that lie ------------------------------------------------------------------
