@@ -23,7 +23,7 @@ from . import _codec
 from ._deadline import remaining
 from ._inlet import Inlet, NoRoom, Spill
 from ._interrupt import ATTEMPTS, raised_by_handler
-from ._message import PLAIN, Incoming, Parcel
+from ._message import PLAIN, Incoming, Parcel, TooLargeError
 from ._transport.unix import CUT, Packet
 from .errors import Empty, ProtocolError, ShutDown
 
@@ -77,6 +77,8 @@ class Delivery:
     @staticmethod
     def _report(error: Exception) -> None:
         """Raise what a message that can't be decoded is to raise, if not ``error`` itself."""
+        if isinstance(error, MemoryError) and not isinstance(error, TooLargeError):
+            raise TooLargeError from error
 
     def _deliver(
         self,
@@ -272,7 +274,7 @@ class Delivery:
     ) -> T:
         """Wait for a message and return what ``copy`` makes of it. If that raises, the message is still there.
 
-        But for ``ProtocolError``: then it is of no use. ``alone`` as in ``_deliver``.
+        But for ``ProtocolError`` and ``MemoryError``: then it is of no use. ``alone`` as in ``_deliver``.
         """
         incoming: Incoming | None = None
         copied: list[T] = []
@@ -292,8 +294,10 @@ class Delivery:
                         inlet.receiving = False
                     inlet.lock.release()
         except BaseException as error:
-            if incoming is not None and not isinstance(error, ProtocolError):
+            if incoming is not None and not isinstance(error, (ProtocolError, MemoryError)):
                 inlet.put_back(incoming)
+            if incoming is not None and isinstance(error, MemoryError):
+                raise TooLargeError from error
             raise
         return copied[0]
 

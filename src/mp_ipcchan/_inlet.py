@@ -22,7 +22,7 @@ from typing import ClassVar, TypeAlias
 
 from ._deadline import wait_for
 from ._interrupt import raised_by_handler
-from ._message import PLAIN, Incoming, Parcel
+from ._message import PLAIN, Incoming, Parcel, TooLargeError
 from ._segments import _segment_pool
 from ._segments._segment_cache import SegmentCache
 from ._transport._spill import Spill
@@ -193,7 +193,7 @@ class Inlet:
                     close_all(spent)
                 elif box:
                     self.inbox += box
-                    if isinstance(error, (EndOfStream, OSError)) and not (
+                    if isinstance(error, (EndOfStream, OSError, TooLargeError)) and not (
                         isinstance(error, NoRoom) or raised_by_handler(error)
                     ):
                         self._discard(box[0])

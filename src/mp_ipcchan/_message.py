@@ -36,6 +36,16 @@ MAX_BUFFERS = 1024
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
+class TooLargeError(MemoryError):
+    """A message is dropped, because this process has no memory for it: kept, it would be in the way for good."""
+
+    def __init__(self, size: int | None = None) -> None:
+        what = "a message" if size is None else f"a message of {size} bytes"
+        super().__init__(
+            f"{what} was dropped: this process has no memory for it; free some, or raise its limit (ulimit -v)"
+        )
+
+
 class HandleKind(enum.IntEnum):
     """What a travelling descriptor is; it goes beside the descriptor, so nobody has to guess."""
 

@@ -98,7 +98,8 @@ class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
 
     @staticmethod
     def _report(error: Exception) -> None:
-        if not isinstance(error, ProtocolError):
+        Delivery._report(error)
+        if not isinstance(error, (ProtocolError, MemoryError)):
             raise SerializationError(f"can't decode a message: {error}") from error
 
     def to_opaque(self) -> OpaqueReceiver:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mp_ipcchan import Receiver, Sender, SimpleQueue, channel
+from mp_ipcchan import Fd, Receiver, Sender, SimpleQueue, channel
 from mp_ipcchan._segments import _segment
 
 from ..conformance._support import LIMIT, pattern
@@ -170,6 +172,107 @@ def test_position_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.lseek(fd, 0, os.SEEK_CUR) == 0
     assert os.pread(fd, 10, 0) == b"abcdef"
     os.close(fd)
+
+
+def _leave_address_space(size: int) -> None:
+    """Let this process have so much more memory (bytes), and no more."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * mmap.PAGESIZE + size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _take_what_fits(rx: Any, take: Callable[[Any], object], room: int, attempts: int) -> None:
+    _leave_address_space(room)
+    for number in range(attempts):
+        with pytest.raises(MemoryError, match=r"was dropped.*ulimit -v"):
+            take(rx)
+        assert take(rx) in (number, bytes([number]))
+
+
+def _recv(rx: Receiver[Any]) -> object:
+    return rx.recv(LIMIT)
+
+
+def _recv_many(rx: Receiver[Any]) -> object:
+    return rx.recv_many(1, LIMIT)[0]
+
+
+def _get(queue: Any) -> object:
+    taken: object = queue.get(timeout=LIMIT)
+    return taken
+
+
+def _recv_bytes(rx: Any) -> object:
+    return rx.recv_bytes()
+
+
+BIG = 128 * MIB
+
+
+@pytest.mark.parametrize("room", [BIG // 2, BIG + BIG // 2], ids=["not-mapped", "not-decoded"])
+@pytest.mark.parametrize("take", [_recv, _recv_many])
+def test_more_than_a_receiver_has_memory_for(take: Any, room: int) -> None:
+    """The message is dropped, an error says so, and the channel goes on; its sender hears nothing of it."""
+    tx, rx = channel()
+    with tx, started(context_of("fork"), _take_what_fits, rx, take, room, 2):
+        for number in range(2):
+            tx.send(bytes(BIG))
+            tx.send(number)
+
+
+@pytest.mark.parametrize("room", [BIG // 2, BIG + BIG // 2], ids=["not-mapped", "not-decoded"])
+def test_more_than_a_taker_has_memory_for(room: int) -> None:
+    """The same of a queue, whose counts are right then, and of the bytes in a pipe."""
+    context: Any = context_of("fork")
+    queue = context.Queue()
+    for number in range(2):
+        queue.put(bytes(BIG))
+        queue.put(number)
+    with started(context, _take_what_fits, queue, _get, room, 2):
+        pass
+    assert queue.qsize() == 0
+    queue.close()
+    receiving, sending = context.Pipe(duplex=False)
+    with receiving, sending, started(context, _take_what_fits, receiving, _recv_bytes, room, 2):
+        for number in range(2):
+            sending.send_bytes(bytes(BIG))
+            sending.send_bytes(bytes([number]))
+
+
+def _end_with_something_large(tx: Sender[Any], with_descriptor: bool) -> None:
+    for number in range(2000):
+        tx.send(number)
+    for number in range(2):
+        tx.send((Fd(0), bytes(BIG)) if with_descriptor else bytes(BIG))
+        tx.send((Fd(0), number) if with_descriptor else number)
+
+
+def _take_what_is_left(rx: Receiver[Any], with_descriptor: bool) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    _leave_address_space(BIG // 2)
+    assert [rx.recv(LIMIT) for _ in range(2000)] == list(range(2000))
+    for number in range(2):
+        with pytest.raises(MemoryError, match=r"was dropped.*ulimit -v"):
+            rx.recv(LIMIT)
+        received = rx.recv(LIMIT)
+        if with_descriptor:
+            received[0].close()
+            received = received[1]
+        assert received == number
+    with pytest.raises(EOFError):
+        rx.recv(LIMIT)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("with_descriptor", [False, True], ids=["plain", "descriptors"])
+def test_more_than_there_is_memory_for_of_what_a_process_left(with_descriptor: bool) -> None:
+    """One message of a process that has ended is too large; all others arrive."""
+    tx, rx = channel()
+    with started(context_of("fork"), _end_with_something_large, tx, with_descriptor):
+        tx.close()
+    with started(context_of("fork"), _take_what_is_left, rx, with_descriptor):
+        pass
 
 
 class _Without:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mp_ipcchan import Empty, Receiver, Sender, bytes_channel, channel
-from mp_ipcchan._segments import _memory, _segment_cache, _segment_pool
+from mp_ipcchan._segments import _memory, _segment, _segment_cache, _segment_pool
 
 from ..conformance._support import LIMIT, InThread
 from ._support import KIB, MIB, array, check, descriptors, kept, mapped
@@ -318,6 +318,33 @@ def test_no_mappings_left(pair: tuple[Sender[Any], Receiver[Any]], monkeypatch: 
         check(received, number, MIB)
         received[:] = 0
     assert len(kept(tx)) == 1
+
+
+@pytest.mark.usefixtures("no_idling")
+def test_leases_by_descriptors_while_there_are_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are held, no more take a descriptor than leaves others plenty; the rest takes mappings."""
+    tx, rx = channel()
+    with tx, rx:
+        for _ in range(2):
+            # Known to the reader, from the second time on.
+            held = [_sent_and_received(tx, rx, number) for number in range(10)]
+            del held
+        before = descriptors()
+        lowest = os.dup(0)
+        os.close(lowest)
+        monkeypatch.setattr(_segment, "plenty", lambda: lowest + 5)
+        rx._open_link().inlet.segments.clear()
+        for _ in range(3):
+            held = [_sent_and_received(tx, rx, number) for number in range(10)]
+            assert descriptors() <= before + 5
+            for number, received in enumerate(held):
+                check(received, number, MIB)
+            del held, received
+
+
+def _sent_and_received(tx: Sender[Any], rx: Receiver[Any], number: int) -> Any:
+    tx.send(array(number, MIB))
+    return rx.recv(LIMIT)
 
 
 def test_mapping_is_no_descriptor() -> None:

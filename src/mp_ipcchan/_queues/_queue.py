@@ -18,7 +18,7 @@ from .. import _codec
 from .._deadline import deadline_in, remaining
 from .._delivery import Delivery
 from .._inlet import ShutMark
-from .._message import Incoming, Outgoing
+from .._message import Incoming, Outgoing, TooLargeError
 from .._transport._spill import lower_limit
 from .._transport.unix import SEND_FLAGS
 from ..errors import Empty, ShutDown
@@ -239,6 +239,9 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                     # A bounded queue never waits while it owes a slot; a queue that was shut down may
                     # have nothing to wait for.
                     taken = ends.take(block and deadline is None and not books.slots and not state)
+                except TooLargeError:
+                    books.took()
+                    raise
                 except BaseException as error:
                     books.left()
                     if not isinstance(error, BlockingIOError):

@@ -18,7 +18,7 @@ import resource
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from .._message import Buffer
+from .._message import Buffer, TooLargeError
 from ..errors import ProtocolError
 
 #: Buffers begin at multiples of this (bytes): the cache line, and what vector instructions like.
@@ -171,3 +171,21 @@ def check(fd: int, size: int, present: int) -> None:
         raise ProtocolError("a message names a segment that its sender could still truncate")
     if present < size:
         raise ProtocolError(f"a message names {size} bytes in a segment of {present}")
+
+
+def read(fd: int, size: int, start: int = 0) -> memoryview:
+    """A copy of ``size`` bytes of a segment that was checked, from ``start`` on. Raises ``TooLargeError``."""
+    try:
+        copy = memoryview(bytearray(size))
+    except MemoryError:
+        raise TooLargeError(size) from None
+    at = 0
+    while at < size:
+        at += os.preadv(fd, [copy[at:]], start + at)
+    return copy
+
+
+def plenty() -> int:
+    """Up to which descriptor this process has plenty left: the kernel gives out the lowest."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 256 if soft == resource.RLIM_INFINITY else soft // 4

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import resource
 import select
 import time
 from collections import OrderedDict
@@ -46,7 +45,7 @@ class SegmentCache:
     def view(self, fd: int, size: int) -> memoryview:
         """The first ``size`` bytes of a received segment, writable. It is leased until the view is collected.
 
-        ``fd`` stays the caller's. Raises ``ProtocolError`` as ``_segment.check`` does.
+        ``fd`` stays the caller's. Raises ``ProtocolError`` as ``_segment.check`` does, and ``TooLargeError``.
         """
         status = os.fstat(fd)
         key = (status.st_ino, status.st_size)
@@ -61,7 +60,7 @@ class SegmentCache:
             return memoryview(map_shared(fd, size)) if mapping is None else mapping.lease(fd, size)
         except OSError:
             # This process has all the mappings that it may have.
-            return _copy(fd, size)
+            return _segment.read(fd, size)
 
     def _map(self, key: _Key, fd: int) -> _Mapping | None:
         """A mapping for good, if this is not the first time that the segment is seen."""
@@ -102,7 +101,7 @@ def _drop_first(entries: OrderedDict[Any, Any]) -> None:
 
 
 class _Mapping:
-    __slots__ = ("_address", "_few", "_memory", "_type")
+    __slots__ = ("_address", "_memory", "_plenty", "_type")
 
     def __init__(self, fd: int, size: int) -> None:
         import ctypes
@@ -116,26 +115,14 @@ class _Mapping:
             again.close()
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._type: Any = ctypes.c_ubyte * size
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        #: Up to which descriptor there are plenty left: the kernel gives out the lowest.
-        self._few = 256 if soft == resource.RLIM_INFINITY else soft // 4
+        self._plenty = _segment.plenty()
 
     def lease(self, fd: int, size: int) -> memoryview:
-        held: list[object] = [self._memory]
-        if fd < self._few:
-            # A descriptor costs less time than a mapping. An epoll object closes any that it is given, and does so
-            # in C when it is collected, as a mapping does: no signal's handler can interrupt that.
-            held += map(select.epoll.fromfd, map(os.dup, (fd,)))
-        else:
-            held.append(map_shared(fd, PAGE))
+        # A descriptor costs less time than a mapping. An epoll object closes any that it is given, and does so in C
+        # when it is collected, as a mapping does: no signal's handler can interrupt that.
+        lease: list[Any] = [*map(select.epoll.fromfd, map(os.dup, (fd,)))]
+        if lease[0].fileno() >= self._plenty:
+            lease = [map_shared(fd, PAGE)]
         loan = self._type.from_address(self._address)
-        loan.held = held
+        loan.held = self._memory, lease
         return memoryview(loan).cast("B")[:size]
-
-
-def _copy(fd: int, size: int) -> memoryview:
-    copy = memoryview(bytearray(size))
-    at = 0
-    while at < size:
-        at += os.preadv(fd, [copy[at:]], at)
-    return copy

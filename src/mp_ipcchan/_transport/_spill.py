@@ -33,6 +33,7 @@ from .._message import (
     Message,
     Outgoing,
     Parcel,
+    TooLargeError,
 )
 from .._segments import _segment
 from ..errors import ProtocolError
@@ -140,6 +141,7 @@ class Spill:
         No more than ``largest`` bytes are read for a message: who sent this may not be trusted.
 
         ``OSError`` where this process has no room for the descriptors of one; it can be read again then.
+        ``TooLargeError`` where it has no memory for the next, which is dropped.
         ``ProtocolError``, and nothing left, where the segment is not as it should be.
         """
         if self._fd < 0:
@@ -151,6 +153,7 @@ class Spill:
         claimed: list[tuple[int, int]] = []
         ends: list[int] = []
         before = len(into)
+        dropped = 0
         try:
             try:
                 claimed.extend(starmap(self._returned.popleft, ((),)))
@@ -165,11 +168,14 @@ class Spill:
         except ProtocolError:
             self.close()
             raise
+        except MemoryError as error:
+            dropped = 1
+            raise TooLargeError from error
         finally:
             if ends and not claimed:
                 claimed.append((ends[0] - most, min(ends[0], self._count)))
             for first, last in claimed:
-                rest = first + len(into) - before
+                rest = first + len(into) - before + dropped
                 if rest < last and self._fd >= 0:
                     self._returned.appendleft((rest, last))
 
@@ -194,18 +200,20 @@ class Spill:
 
     def _read_with_descriptors(self, number: int, into: deque[Incoming]) -> None:
         """Append a message with descriptors, if not ``number`` then another whose reader gets that one."""
-        _, _, kinds = self._parse(*self._entries(number, number + 1))
+        _, kinds, _ = self._parse_head(*self._entries(number, number + 1))
         if self._carriers:
             check_room(self._carriers[0], len(kinds))
         found, fds = self._unload()
+        owned = Descriptors(fds)
         body, copies, kinds = self._parse(*self._entries(found, found + 1))
-        if len(kinds) > MAX_IN_PACKET and len(fds) == 1:
-            inner = Descriptors(fds)
-            fds = unload(fds[0], len(kinds))
-            inner.close()
-        if len(fds) != len(kinds):
-            Descriptors(fds).close()
-            raise ProtocolError(f"a message has {len(kinds)} descriptors, and the last packet of a process {len(fds)}")
+        if len(kinds) > MAX_IN_PACKET and len(owned.fds) == 1:
+            # The carrier inside is closed with the object that had it.
+            owned = Descriptors(unload(owned.fds[0], len(kinds)))
+        if len(owned.fds) != len(kinds):
+            raise ProtocolError(
+                f"a message has {len(kinds)} descriptors, and the last packet of a process {len(owned.fds)}"
+            )
+        fds, owned.fds = owned.fds, []
         into.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
 
     def _entries(self, first: int, last: int) -> list[int]:
@@ -218,18 +226,24 @@ class Spill:
             raise ProtocolError("the last packet of a process says wrongly where its messages begin")
         return entries
 
+    def _parse_head(self, entry: int, following: int) -> tuple[tuple[int, ...], bytes, int]:
+        """Of the message that begins and ends there: sizes of body and buffers, handles' kinds, where the body is."""
+        begin, end = entry >> 1, following >> 1
+        if begin + RECORD_SIZE <= end:
+            found = parse_record(self._records.read(begin, begin + RECORD_SIZE))
+            start = begin + RECORD_SIZE + found.table_size
+            if start <= end:
+                sizes, kinds = found.parse_table(self._records.read(begin + RECORD_SIZE, start))
+                if start + found.body_size + sum(sizes) == end:
+                    return (found.body_size, *sizes), kinds, start
+        raise ProtocolError("the last packet of a process ends in the middle of a message")
+
     def _parse(self, entry: int, following: int) -> tuple[bytes, list[bytearray], bytes]:
         """A message that begins and ends there: body, buffers, kinds of its handles."""
-        data = self._records.read(entry >> 1, following >> 1)
-        if len(data) >= RECORD_SIZE:
-            found = parse_record(data[:RECORD_SIZE])
-            start = RECORD_SIZE + found.table_size
-            if start <= len(data):
-                sizes, kinds = found.parse_table(data[RECORD_SIZE:start])
-                if start + found.body_size + sum(sizes) == len(data):
-                    body, *buffers = (data[where] for where in slices(start, (found.body_size, *sizes)))
-                    return body, [bytearray(buffer) for buffer in buffers], kinds
-        raise ProtocolError("the last packet of a process ends in the middle of a message")
+        sizes, kinds, start = self._parse_head(entry, following)
+        data = self._records.read(start, following >> 1)
+        body, *buffers = (data[where] for where in slices(0, sizes))
+        return body, [bytearray(buffer) for buffer in buffers], kinds
 
     def _unload(self) -> tuple[int, list[int]]:
         """The descriptors that are next, and which message's they are."""
