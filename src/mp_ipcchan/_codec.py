@@ -25,7 +25,19 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from ._message import INLINE_SIZE, MAX_BUFFERS, PLAIN, Handle, Message, Outgoing, Parcel, release_all
+from ._message import (
+    INLINE_SIZE,
+    MAX_BUFFERS,
+    PLAIN,
+    Descriptors,
+    Handle,
+    HandleKind,
+    Message,
+    Outgoing,
+    Parcel,
+    release_all,
+)
+from ._segments import _sealed_array
 from .errors import ProtocolError
 
 PROTOCOL = 5
@@ -99,13 +111,26 @@ class _Encoder:
         # Its import registers something with the stdlib's table, so this is asked again then.
         numpy = sys.modules.get("numpy")
         if numpy is not None and hasattr(numpy, "ndarray"):
-            table.setdefault(numpy.ndarray, _reduce_array)
+            table.setdefault(numpy.ndarray, self._reduce_array)
         return table
+
+    def _reduce_array(self, array: Any) -> Any:
+        """Arrays arrive writable, as through the stdlib's queues; protocol 5 would keep a read-only one so."""
+        packed = _sealed_array.pack(array) if array.nbytes >= _sealed_array.SEALED_FROM else None
+        if packed is not None:
+            description, handle = packed
+            return self._reduce_with(_unpack_array, description, (handle,))
+        return (array if array.flags.writeable else array.copy()).__reduce_ex__(PROTOCOL)
 
     def _reduce(self, pack: Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
         rebuild, args, handles = pack(obj)
         if not handles:
             return rebuild, (*args, b"", [])
+        return self._reduce_with(rebuild, args, handles)
+
+    def _reduce_with(
+        self, rebuild: Callable[..., object], args: tuple[Any, ...], handles: Sequence[Handle]
+    ) -> tuple[Callable[..., object], tuple[Any, ...]]:
         first = len(self.handles)
         self.handles += handles
         return revive, (rebuild, args, first, len(handles))
@@ -130,11 +155,6 @@ class _Encoder:
 
 def _reduce_foreign(registry: dict[type, Callable[[Any], Any]], cls: type, obj: object) -> Any:
     return registry[cls](obj)
-
-
-def _reduce_array(array: Any) -> Any:
-    """Arrays arrive writable, as through the stdlib's queues; protocol 5 would keep a read-only one so."""
-    return (array if array.flags.writeable else array.copy()).__reduce_ex__(PROTOCOL)
 
 
 class _Sink:
@@ -225,6 +245,16 @@ def expect(wanted: Sequence[int], kinds: bytes, fds: list[int]) -> list[int]:
         release_all(fds)
         raise ProtocolError(f"an object was sent with descriptors of kinds {list(kinds)}, it takes {list(wanted)}")
     return fds
+
+
+@rebuilds
+def _unpack_array(*args: Any) -> Any:
+    *description, kinds, fds = args
+    opened = Descriptors(expect((HandleKind.SEGMENT,), kinds, fds))
+    try:
+        return _sealed_array.unpack(opened.fds[0], *description)
+    finally:
+        opened.close()
 
 
 # An encoder in the list may be half-way out of it when another thread forks.

@@ -56,6 +56,7 @@ class HandleKind(enum.IntEnum):
     LEDGER = 5
     EVENT = 6
     MEMORY = 7
+    SEGMENT = 8
 
 
 #: The same numbers as a set of bytes, to check a received table at one go.

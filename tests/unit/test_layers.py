@@ -13,7 +13,7 @@ LAYERS = [
     ["errors", "_deadline", "_interrupt", "_servers._peer", "_servers._watch"],
     ["_message", "_segments._memory", "_servers._address"],
     ["_lanes._lane_frame", "_segments._segment", "_transport._frame", "_transport._carrier"],
-    ["_segments._segment_pool", "_segments._segment_cache"],
+    ["_segments._segment_pool", "_segments._segment_cache", "_segments._sealed_array"],
     ["_transport._spill"],
     ["_transport.unix"],
     ["_servers._listener"],

@@ -1,4 +1,4 @@
-"""Shared mappings of a file that keep no descriptor of it open.
+"""Mappings of a file, shared or private, that keep no descriptor of it open.
 
 The mapping alone keeps the file alive, and its open file description with it, locks included. So as
 many messages can be held as the kernel allows mappings (65,530), whatever ``ulimit -n`` says.
@@ -15,15 +15,15 @@ from functools import cache
 from typing import Any
 
 PAGE = mmap.PAGESIZE
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_PRIVATE = mmap.MAP_PRIVATE | _MAP_NORESERVE
 
 if sys.version_info >= (3, 13):
 
-    def map_shared(fd: int, size: int) -> mmap.mmap:
-        """The first ``size`` bytes of ``fd``, writable, until the object is collected. Raises ``OSError``."""
-        return mmap.mmap(fd, size, trackfd=False)
+    def _map(fd: int, size: int, flags: int) -> mmap.mmap:
+        return mmap.mmap(fd, size, flags, trackfd=False)
 
 else:
-    _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 
     @cache
     def _functions() -> tuple[Callable[..., Any], Callable[[mmap.mmap], int]]:
@@ -41,11 +41,20 @@ else:
 
         return checked, lambda region: ctypes.addressof(ctypes.c_char.from_buffer(region))
 
-    def map_shared(fd: int, size: int) -> mmap.mmap:
-        """The first ``size`` bytes of ``fd``, writable, until the object is collected. Raises ``OSError``."""
+    def _map(fd: int, size: int, flags: int) -> mmap.mmap:
         map_at, address_of = _functions()
         # Private memory that is never touched, and the file in its place. So the object unmaps it in C, when
         # it is collected: no signal's handler can interrupt that.
-        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        map_at(address_of(region), size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
+        region = mmap.mmap(-1, size, flags=_PRIVATE | mmap.MAP_ANONYMOUS)
+        map_at(address_of(region), size, mmap.PROT_READ | mmap.PROT_WRITE, flags | _MAP_FIXED, fd, 0)
         return region
+
+
+def map_shared(fd: int, size: int) -> mmap.mmap:
+    """The first ``size`` bytes of ``fd``, writable, until the object is collected. Raises ``OSError``."""
+    return _map(fd, size, mmap.MAP_SHARED)
+
+
+def map_private(fd: int, size: int) -> mmap.mmap:
+    """As ``map_shared``, but what is written there is this process's alone: it takes memory, page by page."""
+    return _map(fd, size, _PRIVATE)

@@ -25,6 +25,7 @@ from ..errors import ProtocolError
 ALIGNMENT = 64
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_FINAL = _SEALS | fcntl.F_SEAL_WRITE
 #: Segments that are used again are up to so much (bytes) larger than they need to be; no memory is behind that.
 MOST_BEHIND = 1 << 20
 #: writev takes at most this many pieces (the kernel's UIO_MAXIOV).
@@ -55,11 +56,12 @@ def arrange(body: Sequence[Buffer], buffers: Sequence[Buffer]) -> tuple[list[Buf
     return pieces, end
 
 
-def create(pieces: Sequence[Buffer], owned: list[int], size: int = 0, blank: int = 0) -> int:
+def create(pieces: Sequence[Buffer], owned: list[int], size: int = 0, blank: int = 0, *, final: bool = False) -> int:
     """Write ``pieces`` into a new sealed segment of their size, or of ``size`` bytes if that is more.
 
     The first ``blank`` bytes have memory of their own then, so that writing to them can't fail. The
-    descriptor is appended to ``owned``, the caller's to close, by the C call that makes it.
+    descriptor is appended to ``owned``, the caller's to close, by the C call that makes it. ``final``: nobody
+    can ever write to it again.
     """
     try:
         owned.extend(map(os.memfd_create, ("mp_ipcchan",), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,)))
@@ -73,7 +75,7 @@ def create(pieces: Sequence[Buffer], owned: list[int], size: int = 0, blank: int
         os.posix_fallocate(fd, written, blank - written)
     if size > written:
         os.ftruncate(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL if final else _SEALS)
     return fd
 
 
@@ -158,17 +160,20 @@ def map_whole(fd: int, size: int) -> memoryview:
     return memoryview(mmap.mmap(fd, size)) if size else memoryview(bytearray())
 
 
-def check(fd: int, size: int, present: int) -> None:
+def check(fd: int, size: int, present: int, *, final: bool = False) -> None:
     """Whether ``fd``, of ``present`` bytes, can be mapped without fear.
 
-    Raises ``ProtocolError`` where it isn't a segment, is smaller than ``size``, or could still be truncated.
+    Raises ``ProtocolError`` where it isn't a segment, is smaller than ``size``, or could still be truncated, or
+    written to where it is to be ``final``.
     """
     try:
-        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
         raise ProtocolError("a message names a segment, but its descriptor is not one") from error
-    if not sealed:
+    if not seals & fcntl.F_SEAL_SHRINK:
         raise ProtocolError("a message names a segment that its sender could still truncate")
+    if final and not seals & fcntl.F_SEAL_WRITE:
+        raise ProtocolError("a message names a segment that its sender could still write to")
     if present < size:
         raise ProtocolError(f"a message names {size} bytes in a segment of {present}")
 
