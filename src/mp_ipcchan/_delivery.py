@@ -2,7 +2,7 @@
 
 Ctrl-C raises KeyboardInterrupt, an alarm whatever its handler likes, anywhere in the main thread
 between two bytecodes. So what matters is done in one C call each, which no handler interrupts:
-receiving and storing (a ``for`` over ``Inlet.packets``, or an unpacking), and, where descriptors make it
+receiving and storing (a ``for`` over ``Packets.now``, or an unpacking), and, where descriptors make it
 impossible to decode twice, decoding and storing. Between them the message is always in a variable, and if
 anything but decoding it raises, it is put back: the next call gets it.
 
@@ -115,7 +115,7 @@ class Delivery:
                     # The usual case: nothing waits in user space, and what comes is a plain packet.
                     try:
                         try:
-                            for packet in inlet.packets:  # noqa: B007
+                            for packet in inlet.packets.now:  # noqa: B007
                                 break
                         except BlockingIOError:
                             if not block or deadline is not None:

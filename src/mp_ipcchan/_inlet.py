@@ -7,14 +7,11 @@ interrupted (Ctrl-C) after the kernel had given it out.
 
 from __future__ import annotations
 
-import array
-import os
 import select
 import socket
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice, repeat, starmap, takewhile
@@ -23,23 +20,19 @@ from typing import ClassVar, TypeAlias
 from ._deadline import wait_for
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel, TooLargeError
+from ._packets import Packets
 from ._segments import _segment_pool
 from ._segments._segment_cache import SegmentCache
 from ._transport._spill import Spill
 from ._transport.unix import (
-    AT_ONCE,
     CUT,
-    WAITING,
     EndOfStream,
     NoRoom,
     Opened,
     Packet,
     ShutMark,
-    await_next,
-    check_next,
     close_all,
     close_packet,
-    has_plenty,
     open_packet,
 )
 from ._waker import Waker
@@ -52,12 +45,6 @@ _MOST_LOOKS = 16
 #: After how many times in vain it looks as often again.
 _LOOK_AGAIN = 32
 
-#: After so many packets in a row without descriptors, the next is received without asking whether there is room for
-#: what it brings.
-_PLAIN_ROW = 8
-#: How long (bytes) the ancillary data of a packet is that brings one descriptor.
-_ONE = array.array("i").itemsize
-
 #: How many messages of an ended process are read at a time, at most.
 _MOST_READ = 2048
 
@@ -67,15 +54,9 @@ Taken: TypeAlias = Incoming | Spill | ShutMark
 
 class Inlet:
     __slots__ = (
-        "__weakref__",
         "_looks",
-        "_plain",
-        "_quick",
-        "_several",
         "_sock",
-        "_spare",
         "_vain_looks",
-        "_wary",
         "detour",
         "front",
         "inbox",
@@ -84,7 +65,6 @@ class Inlet:
         "packets",
         "ready",
         "receiving",
-        "recvmsg",
         "segments",
         "shared",
         "turns",
@@ -98,21 +78,7 @@ class Inlet:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.recvmsg: Callable[[int, int, int], Packet] = sock.recvmsg
-        #: Receives a packet at each step, now, and has no end: ``BlockingIOError`` where there is none. ``for packet in
-        #: packets: break`` receives and stores in one C call, and faster than by calling anything.
-        #: It is one of the next two. What brings descriptors that there is no room for is lost by receiving it, so the
-        #: wary one sees to that first: for where they may be expected, as that takes half the time of receiving.
-        self.packets: Iterator[Packet]
-        self._quick: Iterator[Packet] = starmap(sock.recvmsg, repeat(AT_ONCE))
-        self._wary: Iterator[Packet] = starmap(sock.recvmsg, starmap(_check_next, repeat((weakref.ref(self),))))
-        self.packets = self._wary
-        #: How many packets it has received, so far as it matters, since one has brought descriptors.
-        self._plain = 0
-        #: Whether the next may bring more than one.
-        self._several = True
-        #: Each step opens a descriptor, if there is room for one, and closes it, in one C call.
-        self._spare: Iterator[None] = map(os.close, map(os.dup, repeat(sock.fileno())))
+        self.packets: Packets = Packets(sock)
         self._begin()
 
     def _begin(self) -> None:
@@ -166,13 +132,12 @@ class Inlet:
                     if self.waker and not self.holding:
                         self.waker.clear()
                 else:
-                    box = self.await_packet() if wait else [*islice(self.packets, 1)]
+                    box = self.await_packet() if wait else [*islice(self.packets.now, 1)]
                 data, ancillary, flags, _ = box[0]
                 if data.startswith(PLAIN) and not ancillary and not flags & CUT:
                     return data
                 if ancillary:
-                    self._plain, self.packets = 0, self._wary
-                    self._several = len(ancillary[0][2]) > _ONE
+                    self.packets.expect_more(len(ancillary[0][2]))
                 open_packet(box[0], opened, spent, self.segments)
                 if spent:
                     close_all(spent)
@@ -225,7 +190,7 @@ class Inlet:
         """
         try:
             if not self.ready and not self.inbox:
-                for packet in islice(self.packets, most):
+                for packet in islice(self.packets.now, most):
                     data, ancillary, flags, _ = packet
                     if not data.startswith(PLAIN) or ancillary or flags & CUT:
                         self.inbox.append(packet)
@@ -249,28 +214,14 @@ class Inlet:
         """
         for _ in range(self._looks):
             try:
-                box = [*islice(self.packets, 1)]
+                box = [*islice(self.packets.now, 1)]
             except BlockingIOError:
                 continue
             self._looks = _MOST_LOOKS
             return box
         self._looked_in_vain()
         self._rest(None)
-        if self.packets is self._quick or self._has_room():
-            return [*starmap(self.recvmsg, (WAITING,))]
-        await_next(self.recvmsg)
-        return [*islice(self._wary, 1)]
-
-    def _has_room(self) -> bool:
-        """Whether there is certainly room for the descriptors that the next packet may bring."""
-        if self._several:
-            return has_plenty(self._sock.fileno())
-        try:
-            for _ in self._spare:
-                break
-        except OSError:
-            return False
-        return True
+        return [*islice(self.packets.waiting, 1)]
 
     def drop_next(self) -> None:
         """Drop what ``NoRoom`` was raised for: a packet, or the rest of what an ended process left."""
@@ -278,7 +229,7 @@ class Inlet:
             self.ready.popleft().close()  # type: ignore[union-attr]
             return
         if not self.inbox:
-            self.inbox.extend(islice(self._quick, 1))
+            self.inbox.extend(islice(self.packets.unasked, 1))
         close_packet(self.inbox.popleft())
 
     def _looked_in_vain(self) -> None:
@@ -361,15 +312,7 @@ class Inlet:
 
     def fits(self) -> bool:
         """Whether this process has room for the descriptors of the packet that is next."""
-        if self.ready or self.inbox:
-            return True
-        try:
-            check_next(self.recvmsg)
-        except NoRoom:
-            return False
-        except OSError:
-            pass
-        return True
+        return bool(self.ready or self.inbox) or self.packets.fits()
 
     def put_back(self, *messages: Incoming | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
@@ -459,18 +402,6 @@ class Inlet:
         """What waits here belongs to the parent; so does the epoll set, which both would share."""
         self._make_lock()
         self.close()
-
-
-def _check_next(inlet_ref: weakref.ref[Inlet]) -> tuple[int, int, int]:
-    """How to receive the next packet, once it is certain that there is room for what it brings."""
-    inlet = inlet_ref()
-    assert inlet
-    if not inlet._has_room():
-        check_next(inlet.recvmsg)
-    inlet._plain += 1
-    if inlet._plain == _PLAIN_ROW:
-        inlet.packets = inlet._quick
-    return AT_ONCE
 
 
 def _is_plain(one: Incoming | Spill) -> bool:

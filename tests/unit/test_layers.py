@@ -19,7 +19,7 @@ LAYERS = [
     ["_servers._listener"],
     ["_codec", "_typed_codec"],
     ["_segments._shared_memory"],
-    ["_drainer", "_waker"],
+    ["_drainer", "_packets", "_waker"],
     ["_backlog", "_inlet"],
     ["_outlet"],
     ["_link"],

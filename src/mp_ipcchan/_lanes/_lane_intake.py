@@ -104,7 +104,7 @@ class Intake:
                         if self._pumping:
                             return
                         if not self._trunk.dead and parcels_held() <= _FEW_PARCELS:
-                            inlet.inbox.extend(islice(inlet.packets, 1))
+                            inlet.inbox.extend(islice(inlet.packets.now, 1))
                 except BlockingIOError:
                     self._ahead = 0
                     return
