@@ -43,9 +43,11 @@ from .errors import ProtocolError
 PROTOCOL = 5
 #: A buffer of at least this many bytes leaves the pickle, so that it is copied once, not thrice.
 OUT_OF_BAND = 32768
+#: But for the arrays of a message that has no more (bytes) of them: in a plain frame they save more than copies cost.
+_STAYS = INLINE_SIZE - 2048
 #: An encoder that has written more than this (bytes) is dropped: clearing the memo of a pickler
 #: costs what the largest pickle it ever wrote did.
-_KEEP_BELOW = 65536
+_KEEP_BELOW = INLINE_SIZE
 
 Packed = tuple[Callable[..., object], tuple[Any, ...], Sequence[Handle]]
 Pack = Callable[[Any], Packed]
@@ -75,12 +77,14 @@ def revive(*_: object) -> object:
 class _Encoder:
     """A pickler and what it collects. Used by ``encode`` alone."""
 
-    __slots__ = ("__weakref__", "_pickler", "buffers", "clear_memo", "dump", "handles", "pieces", "version")
+    __slots__ = ("__weakref__", "_pickler", "buffers", "clear_memo", "dump", "handles", "pieces", "root", "version")
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.buffers: list[memoryview] = []
         self.handles: list[Handle] = []
+        #: What is being pickled.
+        self.root: object = None
         #: How many foreign reducers the table was made of; none are ever taken away.
         self.version = -1
         self._pickler = pickle.Pickler(_Sink(self.pieces), PROTOCOL, buffer_callback=self._keep_buffer)
@@ -93,6 +97,8 @@ class _Encoder:
         except BufferError:
             return True
         if view.nbytes < OUT_OF_BAND or len(self.buffers) >= MAX_BUFFERS:
+            return True
+        if view.nbytes <= _STAYS and not self.buffers and 0 < _arrays_in(self.root) <= _STAYS:
             return True
         self.buffers.append(view)
         return False
@@ -140,21 +146,35 @@ class _Encoder:
         self._pickler.dispatch_table = self._table()
         self.version = len(_stdlib_table) + len(_registered)
 
-    def message(self) -> Message:
-        """What ``dump`` has made, where it is more than a plain frame."""
+    def outgoing(self) -> Outgoing:
+        """What ``dump`` has made, where it is more than a plain frame, or one with something large in it."""
         # What is large the pickler writes as it is, and that may have any shape.
         body = [one if one.__class__ is bytes else pickle.PickleBuffer(one).raw() for one in self.pieces]
-        message = Message(body, self.buffers[:], self.handles[:])
-        if sum(map(len, body)) <= _KEEP_BELOW:
+        size = sum(map(len, body))
+        made: Outgoing
+        if self.buffers or self.handles or size > INLINE_SIZE:
+            made = Message(body, self.buffers[:], self.handles[:])
+        else:
+            made = b"".join((PLAIN, *body))
+        if size <= _KEEP_BELOW:
             self.pieces.clear()
             self.buffers.clear()
             self.handles.clear()
             _free.append(self)
-        return message
+        return made
 
 
 def _reduce_foreign(registry: dict[type, Callable[[Any], Any]], cls: type, obj: object) -> Any:
     return registry[cls](obj)
+
+
+def _arrays_in(obj: object) -> int:
+    """How many bytes the arrays have that ``obj`` is, or directly holds."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return 0
+    ones = obj.values() if isinstance(obj, dict) else obj if isinstance(obj, (list, tuple)) else (obj,)
+    return sum(one.nbytes for one in ones if one.__class__ is numpy.ndarray)
 
 
 class _Sink:
@@ -172,15 +192,17 @@ def encode(obj: object) -> Outgoing:
         kept = _Encoder()
     if len(_stdlib_table) + len(_registered) != kept.version:
         kept.refresh()
+    kept.root = obj
     try:
         kept.dump(obj)
     except BaseException:
         Message((), (), kept.handles).unsent()
         raise
+    kept.root = None
     kept.clear_memo()
     pieces = kept.pieces
     if len(pieces) > 1 or kept.buffers or kept.handles or len(pieces[0]) > INLINE_SIZE:
-        return kept.message()
+        return kept.outgoing()
     frame = PLAIN + pieces.pop()
     _free.append(kept)
     return frame

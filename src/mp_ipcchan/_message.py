@@ -28,6 +28,9 @@ INLINE_SIZE = PACKET_SIZE - PLAIN_SIZE
 #: Asked for as the send buffer of a channel's socket (bytes; the kernel doubles it): small enough that a
 #: process that ends can raise it.
 CHANNEL_BUFFER = 65536
+#: Asked for once large packets had to wait: the kernel tells of room when a quarter is left, which is one of the
+#: largest then, so that the reader never runs dry. Still less than a process that ends can raise it to.
+LARGE_BUFFER = 148480
 #: The most handles and the most buffers in one message: their tables must fit into the packet.
 MAX_HANDLES = 16384
 MAX_BUFFERS = 1024

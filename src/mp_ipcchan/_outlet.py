@@ -8,26 +8,37 @@ Guarantees: messages of one thread arrive in the order of its calls.
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 
 from ._backlog import NOT_NOW, Backlog
-from ._message import INLINE_SIZE, Outgoing
+from ._message import INLINE_SIZE, LARGE_BUFFER, Outgoing
 from ._transport._frame import pack
 from ._transport.unix import MSG_NOSIGNAL
 
-#: From which size (bytes) on a message is worth some tries, how many, about two microseconds each, and after
-#: how many times in vain as many again.
-LARGE, _MOST_TRIES, _TRY_AGAIN = 16384, 16, 32
+#: From which size (bytes) on a message is worth a wait for room: how often to try at once, about two microseconds
+#: each, and for how long (seconds) to wait in the kernel then.
+LARGE, _TRIES, _PATIENCE = 16384, 8, 0.001
+#: After it did so in vain, for how many messages it doesn't: nobody may be reading. Each time, for twice as many.
+_IMPATIENT, _MOST_IMPATIENT = 8, 1024
 
 
 class Outlet(Backlog):
-    __slots__ = ("_tries", "_vain_tries")
+    __slots__ = ("_impatience", "_impatient")
 
     def _begin(self, emptied: Callable[[], None]) -> None:
         super()._begin(emptied)
-        #: How often ``insist`` tries, and how often that was in vain.
-        self._tries = _MOST_TRIES
-        self._vain_tries = 0
+        self._be_patient()
+
+    def _be_patient(self) -> None:
+        #: For how many messages ``insist`` gives in at once, and for how many it is to do so next.
+        self._impatient, self._impatience = 0, _IMPATIENT
+
+    def _finish(self) -> None:
+        # Somebody reads.
+        self._be_patient()
+        super()._finish()
 
     def send(self, item: Outgoing, accepted: list[object] | None = None) -> None:
         """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then.
@@ -75,25 +86,42 @@ class Outlet(Backlog):
         return True
 
     def insist(self, item: Outgoing, noted: list[object] | None = None) -> bool:
-        """Try again a few times, where ``try_send`` failed and ``item`` is large: first what waits, then ``item``.
+        """Try again for a moment, where ``try_send`` failed and ``item`` is large: first what waits, then ``item``.
 
-        To let it wait costs more: it is copied, and a thread is woken. A reader at work makes room soon;
-        where that was in vain, nobody may be reading. Returns and raises what ``try_send`` does.
+        To let it wait costs more: a thread is woken, and sender and reader take turns a packet at a time. A reader at
+        work makes room soon; where that was in vain, nobody may be reading. Returns and raises what ``try_send`` does.
         """
         # What goes in a segment would be copied for each try.
         if not LARGE <= len(item) <= INLINE_SIZE:
             return False
+        if self._impatient:
+            self._impatient -= 1
+            return False
         try:
-            for _ in range(self._tries):
-                if self.drain() and self.try_send(item, noted):
-                    self._tries = _MOST_TRIES
-                    return True
+            if self._try_for_a_moment(item, noted):
+                self._impatience = _IMPATIENT
+                return True
         except BaseException:
             _unsent(item)
             raise
-        self._vain_tries = (self._vain_tries + 1) % _TRY_AGAIN
-        self._tries = self._tries // 2 if self._vain_tries else _MOST_TRIES
+        self._impatient = self._impatience
+        self._impatience = min(2 * self._impatience, _MOST_IMPATIENT)
         return False
+
+    def _try_for_a_moment(self, item: Outgoing, noted: list[object] | None) -> bool:
+        for _ in range(_TRIES):
+            if self.drain() and self.try_send(item, noted):
+                return True
+        self._widen()
+        deadline = time.monotonic() + _PATIENCE
+        while not (self.drain() and self.try_send(item, noted)):
+            if time.monotonic() >= deadline or not self._await_room(deadline):
+                return False
+        return True
+
+    def _widen(self) -> None:
+        """Let the socket take some large packets: else its reader would sleep after each, and wait for the next."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGE_BUFFER)
 
     def send_by(self, item: Outgoing, deadline: float | None) -> bool:
         """Send when the kernel takes it; False, with nothing sent, at the deadline (monotonic seconds)."""

@@ -146,6 +146,9 @@ class LaneOutlet(Outlet):
             return _switchboard.wait(self, self._has_room, deadline)
         return super()._await_room(deadline)
 
+    def _widen(self) -> None:
+        """What has no room here is beyond the stream's window, not the socket's buffer."""
+
     def _has_room(self) -> bool:
         return self.gone or self.passed < self.allowed
 

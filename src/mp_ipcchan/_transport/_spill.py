@@ -41,8 +41,9 @@ from ._carrier import MAX_IN_PACKET, Carrier, check_room, descriptors_in, load, 
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
-#: net.core.wmem_max allows. Two steps: a process killed at the first leaves room for others to use the second.
-_RAISED = (131072, 1 << 22, 1 << 22, 1 << 22)
+#: net.core.wmem_max allows, by default 212992. Two steps: a process killed at the first leaves room for others to use
+#: the second. A socket that was filled up to ``LARGE_BUFFER`` has room at the first.
+_RAISED = (188416, 1 << 22, 1 << 22, 1 << 22)
 #: How much is read ahead (bytes): of the messages, and of the table that tells where they are.
 _AHEAD = 8192
 #: How much is claimed at a time (bytes, roughly) where many messages are asked for.
