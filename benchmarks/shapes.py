@@ -209,15 +209,7 @@ SHAPES = (
     Shape("array-64KiB", "1 producer to 1 consumer, a numpy array of 64 KiB", _array(64 * KiB), 0.3, 500, buffer=True),
     Shape("array-1MiB", "1 producer to 1 consumer, a numpy array of 1 MiB", _array(MiB), 0.4, 100, buffer=True),
     # One message takes some peers 0.3 s.
-    Shape(
-        "array-64MiB",
-        "1 producer to 1 consumer, a numpy array of 64 MiB",
-        _array(64 * MiB),
-        0.4,
-        2,
-        warm_up=1,
-        buffer=True,
-    ),
+    Shape("array-64MiB", "1 producer to 1 consumer, a numpy array of 64 MiB", _array(64 * MiB), 0.4, 2, buffer=True),
     Shape(
         "arrays",
         "1 producer to 1 consumer, a dict of 20 arrays of 100 KiB",

@@ -307,7 +307,7 @@ def test_no_mappings_left(pair: tuple[Sender[Any], Receiver[Any]], monkeypatch: 
     """A process that has all the mappings it may have copies what it receives, and writes what it sends."""
     tx, rx = pair
 
-    def refuses(fd: int, size: int) -> mmap.mmap:
+    def refuses(fd: int, size: int, *, entirely: bool = False) -> mmap.mmap:
         raise OSError(errno.ENOMEM, "as if there were too many")
 
     monkeypatch.setattr(_segment_cache, "map_shared", refuses)
@@ -318,6 +318,48 @@ def test_no_mappings_left(pair: tuple[Sender[Any], Receiver[Any]], monkeypatch: 
         check(received, number, MIB)
         received[:] = 0
     assert len(kept(tx)) == 1
+
+
+class _Clock:
+    """Stands for the module ``time`` where one is to see who waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+
+
+@pytest.mark.usefixtures("no_idling")
+def test_segments_that_stay_lent_are_waited_for_ever_more_rarely(
+    pair: tuple[Sender[Any], Receiver[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receiver that keeps all it gets makes the sender wait a few times; where that helps, it does so again."""
+    clock = _Clock()
+    monkeypatch.setattr(_segment_pool, "time", clock)
+    tx, rx = pair
+    held: list[Any] = []
+    waited: list[int] = []
+    for number in range(200):
+        before = clock.slept
+        tx.send(array(number, 100 * KIB))
+        held.append(rx.recv(LIMIT))
+        if clock.slept > before:
+            assert clock.slept - before < 2 * _segment_pool._PATIENCE
+            waited.append(number)
+    assert waited == [16, 25, 42, 75, 140]
+    monkeypatch.setattr(clock, "sleep", lambda _: held.clear())
+    for number in range(200, 400):
+        tx.send(array(number, 100 * KIB))
+        check(rx.recv(LIMIT), number, 100 * KIB)
+    assert not held
+    assert tx._open_link().outlet.segments._impatience == _segment_pool._IMPATIENT
 
 
 @pytest.mark.usefixtures("no_idling")

@@ -50,12 +50,13 @@ IDLE_AFTER = 1.0
 #: How many segments are asked for whether they are free: the last ones used, whose bytes may still be in the
 #: processor's cache, and then those used longest ago, which are most likely free.
 _LATEST, _ASKED = 3, 8
-#: How long (seconds) a sender whose segments are all lent waits for one: about what a fresh one costs.
-_PATIENCE, _PATIENCE_PER_BYTE = 30e-6, 0.35e-9
+#: How long (seconds) a sender whose segments are all lent waits for one: about what a fresh one costs, and long enough
+#: for a reader to have its turn on a processor that they share.
+_PATIENCE, _PATIENCE_PER_BYTE = 0.001, 0.35e-9
 #: For how long of that it doesn't sleep, and how long it then sleeps at a time.
 _SPIN = 50e-6
-#: After it did so in vain, for how many messages it doesn't: nobody may be reading.
-_IMPATIENT = 8
+#: After it did so in vain, for how many messages it doesn't: nobody may be reading. Each time, for twice as many.
+_IMPATIENT, _MOST_IMPATIENT = 8, 256
 _TRY, _LEASE = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
 #: How much is copied at a time (bytes): meanwhile no other thread runs.
 _STRETCH = 4 << 20
@@ -119,7 +120,7 @@ class _Segment:
         if self._view is None:
             try:
                 # Not of the lease: a mapping holds it.
-                self._view = memoryview(map_shared(self._fd, self.room))
+                self._view = memoryview(map_shared(self._fd, self.room, entirely=True))
             except OSError:
                 # No address space for it. It can be done without, if slower.
                 os.lseek(self._fd, 0, os.SEEK_SET)
@@ -141,13 +142,14 @@ def _stretches(piece: Buffer) -> Iterator[memoryview]:
 class SegmentPool:
     """The segments of one outlet. Safe from several threads."""
 
-    __slots__ = ("_impatient", "_kept", "recycles")
+    __slots__ = ("_impatience", "_impatient", "_kept", "recycles")
 
     def __init__(self) -> None:
         #: In the order in which they were last used.
         self._kept: list[_Segment] = []
-        #: For how many messages not to wait for a segment.
+        #: For how many messages not to wait for a segment, and for how many next.
         self._impatient = 0
+        self._impatience = _IMPATIENT
         #: Whether a segment may be used again: see above.
         self.recycles: bool = True
 
@@ -188,20 +190,22 @@ class SegmentPool:
     def _await_free(self, size: int) -> _Segment | None:
         """As ``_claim``, but wait for the segment lent longest ago, which the reader is about to be done with.
 
-        No longer than a fresh one takes to write: that is never a loss to speak of, and mostly a gain.
+        Not much longer than a fresh one takes to write: that is never a loss to speak of, and mostly a gain.
         """
         fitting = self._fitting(size)
         if not fitting or self._impatient:
             self._impatient = max(0, self._impatient - 1)
             return None
         began = now = time.monotonic()
-        while now < began + _PATIENCE + size * _PATIENCE_PER_BYTE:
+        while now < began + max(_PATIENCE, size * _PATIENCE_PER_BYTE):
             if fitting[0].claim_if_free():
+                self._impatience = _IMPATIENT
                 return fitting[0]
             if now > began + _SPIN:
                 time.sleep(_SPIN)
             now = time.monotonic()
-        self._impatient = _IMPATIENT
+        self._impatient = self._impatience
+        self._impatience = min(2 * self._impatience, _MOST_IMPATIENT)
         return None
 
     def _fitting(self, size: int) -> list[_Segment]:
