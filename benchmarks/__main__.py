@@ -15,6 +15,7 @@ from .cases import Case, run_case
 from .harness import Outcome, run_shape
 from .operations import operation_cases
 from .pools import pool_cases
+from .relay import relay_cases
 from .shapes import SHAPES, Shape
 from .systems import all_systems
 
@@ -62,7 +63,7 @@ def _document(results: list[dict[str, Any]], rounds: int | None) -> dict[str, An
 
 
 def _everything() -> list[Shape | Case]:
-    return [*SHAPES, *pool_cases(), *operation_cases()]
+    return [*SHAPES, *pool_cases(), *relay_cases(), *operation_cases()]
 
 
 def _group(one: Shape | Case) -> str:

@@ -45,6 +45,8 @@ PROTOCOL = 5
 OUT_OF_BAND = 32768
 #: But for the arrays of a message that has no more (bytes) of them: in a plain frame they save more than copies cost.
 _STAYS = INLINE_SIZE - 2048
+#: From how many bytes on one copy more is worth avoiding.
+_COSTLY_COPY = 1 << 18
 #: An encoder that has written more than this (bytes) is dropped: clearing the memo of a pickler
 #: costs what the largest pickle it ever wrote did.
 _KEEP_BELOW = INLINE_SIZE
@@ -126,7 +128,7 @@ class _Encoder:
         if packed is not None:
             description, handle = packed
             return self._reduce_with(_unpack_array, description, (handle,))
-        return (array if array.flags.writeable else array.copy()).__reduce_ex__(PROTOCOL)
+        return (array if array.flags.writeable else _writable(array)).__reduce_ex__(PROTOCOL)
 
     def _reduce(self, pack: Pack, obj: object) -> tuple[Callable[..., object], tuple[Any, ...]]:
         rebuild, args, handles = pack(obj)
@@ -166,6 +168,26 @@ class _Encoder:
 
 def _reduce_foreign(registry: dict[type, Callable[[Any], Any]], cls: type, obj: object) -> Any:
     return registry[cls](obj)
+
+
+def _writable(array: Any) -> Any:
+    """``array``, which is read-only, as one that isn't: a copy, or where that would cost, one that nobody writes to."""
+    if array.nbytes < _COSTLY_COPY or array.dtype.hasobject or not array.flags.forc:
+        return array.copy("K")
+    numpy = sys.modules["numpy"]
+    order = "C" if array.flags.c_contiguous else "F"
+    return numpy.ndarray(array.shape, array.dtype, numpy.asarray(_Bytes(array)), order=order)
+
+
+class _Bytes:
+    """The bytes of an array, for numpy, as if they could be written to."""
+
+    __slots__ = ("__array_interface__", "_array")
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        data = array.__array_interface__["data"][0], False
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (array.nbytes,), "data": data}
 
 
 def _arrays_in(obj: object) -> int:

@@ -447,15 +447,31 @@ def test_fork_in_the_middle_of_a_send(monkeypatch: pytest.MonkeyPatch) -> None:
         check(rx.recv(LIMIT), 1, MIB)
 
 
-@pytest.mark.parametrize("count", [10, 1000, 100_000])
-def test_read_only_arrays_arrive_writable(count: int) -> None:
+@pytest.mark.parametrize("count", [10, 1000, 8000, 100_000])
+@pytest.mark.parametrize("kind", ["plain", "fortran", "strided", "dates", "records", "of-bytes"])
+def test_read_only_arrays_arrive_writable(count: int, kind: str) -> None:
     """As through the stdlib's queues; the sender's own stays what it is."""
-    array = np.arange(count)
-    array.flags.writeable = False
+    sent: Any = np.arange(count)
+    if kind == "fortran":
+        sent = np.asfortranarray(sent.reshape(2, -1))
+    elif kind == "strided":
+        sent = np.arange(2 * count)[::2]
+    elif kind == "dates":
+        sent = sent.astype("M8[s]")
+    elif kind == "records":
+        sent = sent.view([("a", "i4"), ("b", "f4")])
+    elif kind == "of-bytes":
+        sent = np.frombuffer(sent.tobytes())
+    sent.flags.writeable = False
+    before = sent.tobytes()
     tx, rx = channel()
     with tx, rx:
-        tx.send([array])
+        tx.send([sent])
         [received] = rx.recv(LIMIT)
-        received[0] = 7
-        assert received[1:].tolist() == array[1:].tolist()
-        assert array[0] == 0
+        assert received.flags.writeable
+        assert (received.dtype, received.shape) == (sent.dtype, sent.shape)
+        assert received.flags.c_contiguous == sent.flags.c_contiguous or kind == "strided"
+        assert received.tobytes() == before
+        received[:] = received[-1]
+        assert sent.tobytes() == before
+        assert not sent.flags.writeable

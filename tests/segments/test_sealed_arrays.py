@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from mp_ipcchan import Mux, Receiver, Sender, channel
-from mp_ipcchan._segments import _sealed_array, _segment
+from mp_ipcchan._segments import _sealed_array, _segment, _segment_pool
 from mp_ipcchan._segments._memory import PAGE
 from mp_ipcchan.errors import ProtocolError
 
@@ -22,8 +22,14 @@ from ..mux._support import crossing
 from ..processes._support import context_of, kill, running, started
 from ._support import KIB, MIB, Array, array, check, descriptors, in_child
 
-#: Enough for a sealed segment.
-SIZE = _sealed_array.SEALED_FROM
+#: Enough for a sealed segment, in these tests.
+SIZE = MIB
+
+
+@pytest.fixture(autouse=True)
+def _sealed_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if large arrays were smaller."""
+    monkeypatch.setattr(_sealed_array, "SEALED_FROM", SIZE)
 
 
 @pytest.fixture
@@ -58,6 +64,7 @@ def _copied() -> int:
 
 
 def _pass_on(rx: Receiver[Any], tx: Sender[Any], size: int, write: bool) -> None:
+    _sealed_array.SEALED_FROM = size
     received = rx.recv(LIMIT)
     check(received, 1, size)
     tx.send((segment_of(received), _copied(), received))
@@ -89,6 +96,7 @@ def _through_three(start_method: str, size: int, write: bool) -> None:
 
 
 def _second(rx: Receiver[Any], tx: Sender[Any], size: int, write: bool) -> None:
+    _sealed_array.SEALED_FROM = size
     segment, copied, received = rx.recv(4 * LIMIT)
     check(received, 1, size)
     tx.send(((segment, segment_of(received)), (copied, _copied()), received))
@@ -104,6 +112,7 @@ def test_three_processes_one_copy(start_method: str, write: bool) -> None:
 
 @pytest.mark.slow
 def test_gibibyte_through_three_processes() -> None:
+    assert _segment_pool.MOST_BYTES < 1 << 30
     _through_three("fork", 1 << 30, False)
 
 
@@ -278,17 +287,15 @@ def test_no_mappings_left(pair: tuple[Sender[Any], Receiver[Any]], monkeypatch: 
 
 
 def _hold_many() -> None:
-    # Smaller, as there are many.
-    _sealed_array.SEALED_FROM = MIB
     tx, rx = channel()
     held = []
     for number in range(100):
-        tx.send(read_only(number, MIB))
+        tx.send(read_only(number))
         held.append(rx.recv(LIMIT))
     for number, received in enumerate(held):
-        check(received, number, MIB)
+        check(received, number, SIZE)
         tx.send(received)
-        check(rx.recv(LIMIT), number, MIB)
+        check(rx.recv(LIMIT), number, SIZE)
     assert segment_of(held[0]) is not None
     assert segment_of(held[-1]) is None
     tx.close()

@@ -22,14 +22,16 @@ from .._message import Descriptors, Handle, HandleKind
 from ..errors import ProtocolError
 from . import _segment
 from ._memory import PAGE, map_private
+from ._segment_pool import MOST_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array: TypeAlias = np.ndarray[Any, Any]
 
-#: From how many bytes on. A smaller one is sooner copied into memory that is used again.
-SEALED_FROM = 16 << 20
+#: From how many bytes on: what is smaller goes in memory that its sender keeps, and to copy it there costs less than
+#: the page faults of whoever maps it anew.
+SEALED_FROM = MOST_BYTES
 
 #: Of an entry of pagemap: the page is in memory, or swapped out, and is the file's, not this process's.
 _PRESENT, _SWAPPED, _FILES = 1 << 63, 1 << 62, 1 << 61
