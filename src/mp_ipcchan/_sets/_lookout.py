@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -66,8 +66,11 @@ class Lookout(Generic[T]):
         self._called.append(who)
         self.ring()
 
-    def callers(self) -> Iterator[T]:
+    def callers(self) -> Iterable[T]:
         """Those who have called; each is told once."""
+        return self._take_callers() if self._called else ()
+
+    def _take_callers(self) -> Iterator[T]:
         while self._called:
             yield self._called.popleft()
 

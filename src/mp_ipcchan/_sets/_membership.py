@@ -128,9 +128,8 @@ class Membership:
 
     # -- whose turn it is ------------------------------------------------------------------
 
-    def turns(self, glance: bool) -> Iterator[Member]:
+    def turns(self, lookout: Lookout[Member], glance: bool) -> Iterator[Member]:
         """Those who may have something, a few of them; the turn passes on. ``glance``: those to look at, as well."""
-        lookout = self.lookout()
         for hand_out in self._hand_outs:
             hand_out()
         for caller in lookout.callers():

@@ -211,9 +211,9 @@ class ReceiverSet:
                     return []
                 try:
                     self._taking = True
-                    self._open()
+                    turns = self._membership.turns(self._open(), glance)
                     events, self._kept = self._kept, events
-                    for member in self._membership.turns(glance):
+                    for member in turns:
                         self._visit(member, events)
                 finally:
                     self._taking = False
