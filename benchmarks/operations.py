@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle
 from multiprocessing import connection
 from typing import Any
@@ -182,7 +183,7 @@ def _meetings() -> Iterator[Case]:
 
 
 def _pair(system: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
-    if system == _OURS:
+    if system != _PIPE:
         sender, receiver = _ipc().channel()
         return sender.send, receiver.recv
     receiving, sending = _ctx("fork").Pipe(duplex=False)
@@ -332,6 +333,57 @@ def _transfer_data(system: str, size: int, seconds: float) -> float:
         recv()
 
     return per_call(seconds, ask)
+
+
+# -- memory that goes to and fro ---------------------------------------------------------------
+
+_REGION = 4 * KiB * KiB
+
+
+def _ping_pong(system: str, seconds: float) -> float:
+    """One hop of a region between two threads, each of which adds one to all its bytes."""
+    if find_spec("numpy") is None:
+        raise SkipCaseError("numpy is not installed")
+    numpy = importlib.import_module("numpy")
+    there, back = _pair(system), _pair(system)
+
+    def hop(region: Any) -> Any:
+        if system == _PIPE:
+            return region + 1
+        if system == "SharedMemory":
+            return _ipc().SharedMemory.from_bytes(region.array("u1", _REGION) + 1)
+        array = region.array("u1", _REGION)
+        array += 1
+        return region
+
+    def echo() -> None:
+        while True:
+            back[0](hop(there[1]()))
+
+    threading.Thread(target=echo, daemon=True).start()
+    region = numpy.zeros(_REGION, "u1") if system == _PIPE else _ipc().SharedMemory.zeros(_REGION)
+
+    def once() -> None:
+        nonlocal region
+        there[0](hop(region))
+        region = back[1]()
+
+    return per_call(seconds, once, batch=2)
+
+
+def _bounces() -> Iterator[Case]:
+    yield _case(
+        f"ping_pong_shared_mem_{_REGION}",
+        "a hop of 4 MiB between two threads, each byte changed: into a new region",
+        *(_entry(system, _ping_pong, system) for system in ("SharedMemory", _PIPE)),
+        seconds=0.3,
+    )
+    yield _case(
+        f"ping_pong_shared_mem_mut_{_REGION}",
+        "the same, in place",
+        *(_entry(system, _ping_pong, system) for system in ("SharedMemory (mut)", _PIPE)),
+        seconds=0.3,
+    )
 
 
 # -- waiting for many --------------------------------------------------------------------------
@@ -526,4 +578,4 @@ def _imports() -> Iterator[Case]:
 
 def operation_cases() -> list[Case]:
     """Every case."""
-    return [*_creations(), *_meetings(), *_transfers(), *_sets(), *_starts(), *_imports()]
+    return [*_creations(), *_meetings(), *_transfers(), *_bounces(), *_sets(), *_starts(), *_imports()]

@@ -56,6 +56,26 @@ def test_sizes_and_items() -> None:
     assert not SharedMemory.zeros(0)
 
 
+def test_received_while_the_last_other_handle_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, while this process's descriptor of the same memory is being closed."""
+    close = os.close
+    received: list[SharedMemory] = []
+    tx, rx = channel()
+    with tx, rx:
+        memory = SharedMemory.filled(7, MIB)
+        tx.send(memory)
+
+        def receive_and_close(fd: int) -> None:
+            monkeypatch.setattr(os, "close", close)
+            received.append(rx.recv(LIMIT))
+            close(fd)
+
+        monkeypatch.setattr(os, "close", receive_and_close)
+        memory.close()
+    with received.pop() as again:
+        assert again.buf == bytes([7]) * MIB
+
+
 def test_buffers_of_any_shape() -> None:
     """Made from items of any size, and from strided views, in C order."""
     whole = np.arange(12, dtype="i4").reshape(3, 4)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, final, overload
 
 from .. import _codec
-from .._message import Handle, HandleKind
+from .._message import Descriptors, Handle, HandleKind
 from ..errors import EndpointClosed, EndpointMoved, ProtocolError
 from . import _segment
 from ._memory import map_shared
@@ -42,14 +42,18 @@ class _Region:
     """Pages that processes share; this one's hold on them, for all its handles. Owns the descriptor.
 
     A region of size 0 has none, nor any other object of the operating system's.
+
+    Another object closes the descriptor: while a finalizer of the region's own ran, another thread could find the
+    region among ``_regions``, and have it without one.
     """
 
-    __slots__ = ("__weakref__", "_fd", "_view", "size")
+    __slots__ = ("__weakref__", "_fd", "_fds", "_view", "size")
 
     def __init__(self, fd: int, size: int) -> None:
         self.size = size
         self._view: memoryview | None = None if size else memoryview(bytearray())
         self._fd = fd
+        self._fds = Descriptors([fd])
 
     @classmethod
     def create(cls, size: int) -> _Region:
@@ -91,10 +95,6 @@ class _Region:
                 written = os.pwrite(self._fd, rest, at)
                 at += written
                 rest = rest[written:]
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
 
 
 #: The regions of this process, by inode. What is in there has its descriptor open, so no number can be another's.
