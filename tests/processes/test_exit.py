@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mp_ipcchan import Disconnected, OneShotServer, Queue, Sender, channel
+from mp_ipcchan import Disconnected, OneShotServer, Pipe, Queue, Sender, SimpleQueue, channel
 
 from ..conformance._support import LIMIT, InThread, pattern
 from ._support import context_of, finish, join, program, running
@@ -208,3 +211,24 @@ def test_reader_waits_during_the_end(start_method: str) -> None:
         reader = InThread(lambda: list(rx))
         assert reader.result() == list(range(COUNT))
         join(process)
+
+
+@pytest.mark.parametrize("make", ["Queue", "JoinableQueue", "SimpleQueue", "Pipe", "channel", "Mux.pair"])
+def test_globals_of_a_main_module_are_collected_without_a_warning(make: str, tmp_path: Path) -> None:
+    """Whatever is open at the end, and in whatever order the interpreter finalizes it, ``-X dev`` has no complaint."""
+    path = tmp_path / "program.py"
+    # The function makes a cycle of the module's globals.
+    path.write_text(f"import mp_ipcchan\nmade = mp_ipcchan.{make}()\ndef function(): ...\n")
+    command = [sys.executable, "-X", "dev", "-W", "error", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
+    assert (ended.stdout, ended.stderr) == ("", "")
+
+
+def test_endpoints_in_a_cycle_are_collected_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for make in (channel, Pipe, Queue, SimpleQueue, lambda: channel(int)):
+            cycle: list[Any] = [make()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()

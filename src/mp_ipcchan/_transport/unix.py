@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import starmap
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .._message import PACKET_SIZE, PLAIN, Buffer, Descriptors, Incoming, Message, Outgoing, Parcel
 from .._segments import _segment, _segment_pool
@@ -70,12 +70,32 @@ class ShutMark:
 Opened: TypeAlias = Incoming | Spill | ShutMark
 
 
+# The part of ``socket.socket`` that is written in C: making one is one C call.
+if TYPE_CHECKING:
+    _BareSocket = socket.socket
+else:
+    _BareSocket = socket.SocketType
+
+
+class _Socket(_BareSocket):
+    """A socket whose owner closes it, or lets go of it.
+
+    Of what it finds at the end of the interpreter, or in a cycle, the garbage collector may finalize sockets before
+    their owners. That is no mistake of the program's, so there is no warning of an unclosed socket.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def make_pair(send_buffer: int) -> tuple[socket.socket, socket.socket]:
     """Two connected sockets, not inheritable across exec; the caller owns both."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in ends:
+    first, second = map(_own, map(_BareSocket.detach, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)))
+    for end in (first, second):
         prepare(end, send_buffer)
-    return ends
+    return first, second
 
 
 def prepare(sock: socket.socket, send_buffer: int) -> None:
@@ -84,12 +104,12 @@ def prepare(sock: socket.socket, send_buffer: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
 
-def make_socket() -> Any:
+def make_socket() -> socket.socket:
     """A socket, not connected to anything.
 
     Of the type that ``socket.socket`` extends: what that adds isn't needed, and costs as much as a system call.
     """
-    return socket.SocketType(_FAMILY, _KIND)
+    return _Socket(_FAMILY, _KIND)
 
 
 def let_wait(sock: socket.socket) -> None:
@@ -108,13 +128,13 @@ def accept(listener: socket.socket, into: deque[socket.socket]) -> None:
 
 #: Functions of C, unlike ``socket.socket`` and its ``accept``: the next connection's descriptor, and its owner.
 _accept: Callable[[socket.socket], tuple[int, object]] = socket.socket._accept  # type: ignore[attr-defined]
-_own: Callable[[int], Any] = partial(socket.SocketType, _FAMILY, _KIND, 0)
+_own: Callable[[int], Any] = partial(_Socket, _FAMILY, _KIND, 0)
 
 
 def adopt(fd: int) -> socket.socket:
     """A socket object that owns ``fd`` from here on. ``ProtocolError`` where ``fd`` is no socket of ours."""
     try:
-        sock = socket.socket(fileno=fd)
+        sock = _Socket(fileno=fd)
     except OSError as error:
         os.close(fd)
         raise ProtocolError("a descriptor that was sent as an endpoint is not a socket") from error
