@@ -31,6 +31,10 @@ def sleep_and_tell(seconds: float, result: Any) -> tuple[int, Any]:
     return os.getpid(), result
 
 
+def tell(result: Any) -> tuple[int, Any]:
+    return sleep_and_tell(0.001, result)
+
+
 def die(signal_number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), signal_number)
     time.sleep(60)
@@ -111,6 +115,13 @@ state = "not initialized"
 def initialize(value: str) -> None:
     global state
     state = value
+
+
+def say_and_wait_for(path: str, directory: str) -> None:
+    """Leave a file named after this process, and wait until somebody has made another."""
+    mark(directory, os.getpid())
+    while not os.path.exists(path):
+        time.sleep(0.001)
 
 
 def get_state() -> str:

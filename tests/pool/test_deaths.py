@@ -9,20 +9,57 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor, WorkerLostError, channel
+from mp_ipcchan._pools import _crew
 from mp_ipcchan._pools._resident import OutOfMemoryKills, readable
 
+from ..conformance._support import InThread
 from . import _tasks as tasks
 from ._support import LIMIT, eventually, runs, workers
 
 ROOT = Path(__file__).parents[2]
+
+
+def _dice() -> random.Random:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    return random.Random(seed)
+
+
+@contextmanager
+def _killing(dice: random.Random, victims: Callable[[], set[int]]) -> Iterator[set[int]]:
+    """Kill one of ``victims`` every 20 ms. Gives those that were."""
+    killed: set[int] = set()
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(dice.uniform(0.0, 0.04)):
+            alive = sorted(victims())
+            if alive:
+                victim = dice.choice(alive)
+                killed.add(victim)
+                try:
+                    os.kill(victim, signal.SIGKILL)
+                except ProcessLookupError:  # forkserver has collected it
+                    pass
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        stop.set()
+        killer.join()
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
@@ -31,36 +68,15 @@ def test_kill_storm(start_method: str) -> None:
 
     Under spawn and forkserver fewer, and only workers that have worked: one takes longer to start than it would live.
     """
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    dice = random.Random(seed)
+    dice = _dice()
     count = 2000 if start_method == "fork" else 100
-    killed: set[int] = set()
     worked: set[int] = set()
-    stop = threading.Event()
     with ProcessPoolExecutor(2, multiprocessing.get_context(f"ipcchan_{start_method}")) as executor:
         futures = [executor.submit(tasks.sleep_and_tell, 0.001, x) for x in range(count)]
         for future in futures:
             future.add_done_callback(lambda done: worked.add(done.result()[0]) if not done.exception() else None)
-
-        def kill() -> None:
-            while not stop.wait(dice.uniform(0.0, 0.04)):
-                alive = sorted(workers() if start_method == "fork" else workers() & worked)
-                if alive:
-                    victim = dice.choice(alive)
-                    killed.add(victim)
-                    try:
-                        os.kill(victim, signal.SIGKILL)
-                    except ProcessLookupError:  # forkserver has collected it
-                        pass
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
+        with _killing(dice, lambda: workers() if start_method == "fork" else workers() & worked) as killed:
             _, pending = wait(futures, LIMIT * 3)
-        finally:
-            stop.set()
-            killer.join()
         assert not pending
     errors = [future.exception() for future in futures]
     assert [future.result()[1] for future, error in zip(futures, errors, strict=True) if error is None] == [
@@ -70,6 +86,47 @@ def test_kill_storm(start_method: str) -> None:
     assert all(isinstance(error, WorkerLostError) and error.pid in killed for error in lost)
     # A worker loses one task, the one that it ran.
     assert len({error.pid for error in lost if isinstance(error, WorkerLostError)}) == len(lost)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_kill_storm_over_a_pool(start_method: str) -> None:
+    """Every call ends, with right results or with the loss of a task that ran on a worker that was killed."""
+    dice = _dice()
+    worked: set[int] = set()
+    lost: list[WorkerLostError] = []
+
+    def take(call: Callable[[], Any]) -> Any:
+        """What ``call`` gives, without the pids of those who did it; None for what was lost."""
+        try:
+            found = call()
+        except WorkerLostError as error:
+            lost.append(error)
+            return None
+        each = found if isinstance(found, list) else [found]
+        worked.update(pid for pid, _ in each)
+        return [x for _, x in each] if isinstance(found, list) else found[1]
+
+    pool = multiprocessing.get_context(f"ipcchan_{start_method}").Pool(2)
+    items = [(0.001, x) for x in range(20)]
+    with pool, _killing(dice, lambda: workers() if start_method == "fork" else workers() & worked) as killed:
+        for _ in range(30 if start_method == "fork" else 4):
+            single = [pool.apply_async(tasks.sleep_and_tell, item) for item in items]
+            mapped = pool.starmap_async(tasks.sleep_and_tell, items, dice.choice([1, 3, None]))
+            size = dice.choice([1, 4])
+            stream = pool.imap(tasks.tell, range(20), size)
+            for x, result in enumerate(single):
+                assert take(partial(result.get, LIMIT)) in (x, None)
+            assert take(partial(mapped.get, LIMIT)) in ([*range(20)], None)
+            taken, before = [], len(lost)
+            with suppress(StopIteration):
+                while True:
+                    taken.append(take(partial(stream.next, LIMIT)))
+            taken = [x for x in taken if x is not None]
+            assert taken == sorted(set(taken))
+            # A chunk is lost as one.
+            assert len(taken) == 20 - size * (len(lost) - before)
+    InThread(pool.join).result()
+    assert all(error.pid in killed for error in lost)
 
 
 def test_death_while_starting(start_method: str) -> None:
@@ -83,6 +140,42 @@ def test_death_while_starting(start_method: str) -> None:
             error = future.exception(LIMIT)
             assert future.result() == x * x if error is None else isinstance(error, WorkerLostError)
         assert executor.submit(tasks.square, 9).result(LIMIT) == 81
+
+
+@pytest.mark.parametrize("initializing", [False, True])
+def test_deaths_of_those_who_start(start_method: str, initializing: bool, tmp_path: Path) -> None:
+    """Whoever kills them, one after the other, has not broken the pool once he stops."""
+    context: Any = multiprocessing.get_context(f"ipcchan_{start_method}")
+    # A forked worker is ready at once, unless it is made to wait.
+    held = initializing or start_method == "fork"
+    initializer: Any = (tasks.say_and_wait_for, (str(tmp_path / "go"), str(tmp_path))) if held else (None, ())
+    with ProcessPoolExecutor(1, context, *initializer) as executor:
+        future = executor.submit(tasks.square, 3)
+        killed: set[int] = set()
+        for _ in range(6):
+            assert eventually(lambda: {one.pid for one in executor.stats()} - killed)
+            (pid,) = {one.pid for one in executor.stats()} - killed
+            assert not initializing or eventually((tmp_path / str(pid)).exists)
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        (tmp_path / "go").touch()
+        assert future.result(LIMIT) == 9
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("way", [tasks.die, tasks.leave])
+def test_workers_that_always_die_in_their_initializer(
+    start_method: str, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That ends, be it that each kills itself as somebody else would."""
+    monkeypatch.setattr(_crew, "_LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(_crew, "_MOST_KILLED_STARTS", 8)
+    context: Any = multiprocessing.get_context(f"ipcchan_{start_method}")
+    args = (3,) if way is tasks.leave else (signal.SIGKILL,)
+    with ProcessPoolExecutor(2, context, way, args) as executor:
+        text = "ended before they were ready, exit code 3" if way is tasks.leave else "8 workers in a row were killed"
+        with pytest.raises(BrokenProcessPool, match=text):
+            executor.submit(tasks.square, 3).result(LIMIT)
 
 
 def test_death_in_the_initializer(start_method: str, tmp_path: Path) -> None:

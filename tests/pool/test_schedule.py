@@ -125,17 +125,6 @@ def test_large_ones_go_few_at_a_time() -> None:
     assert schedule.assign() == [(0, [1])]
 
 
-def test_what_did_not_get_there_counts_for_nothing() -> None:
-    schedule: Schedule[int] = Schedule(weight=lambda task: task)
-    schedule.open(0, room=3)
-    schedule.estimate = 1e-6
-    schedule.pending.extend([1, 2, 3])
-    assert schedule.assign() == [(0, [1, 2, 3])]
-    assert schedule.retract(0, 2) == [2, 3]
-    assert (schedule.lanes[0].room, schedule.lanes[0].load) == (2, 1)
-    assert schedule.answer(0) == 1
-
-
 def test_busy_ones_are_refilled_only_if_asked() -> None:
     schedule = _schedule(lanes=2, tasks=1, estimate=1e-6)
     schedule.assign()

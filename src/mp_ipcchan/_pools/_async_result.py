@@ -284,13 +284,7 @@ class MapResult(AsyncResult[list[T]], stdlib.MapResult[T]):
     def _launch(self, position: int, items: list[Any]) -> None:
         with self._lock:
             self._out += 1
-        try:
-            self._submit(position, items)
-        except BaseException:
-            # Ctrl-C: it may have been submitted, or not.
-            with self._lock:
-                self._out -= 1
-            raise
+        self._submit(position, items)
 
     def _submit(self, position: int, items: list[Any]) -> None:
         def settle(succeeded: bool, outcome: Any) -> None:

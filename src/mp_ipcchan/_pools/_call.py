@@ -148,10 +148,24 @@ def outcome_of(incoming: Incoming) -> Outgoing:
 
 #: The message for a task that was taken back.
 SKIPPED_FRAME: Final = _codec.encode((SKIPPED,))
-#: What a worker is sent last.
-END_FRAME: Final = _codec.encode(None)
+#: What begins a frame for a worker that is no call: a pickle without the head that calls have.
+ORDER: Final = PLAIN + b"\x8a\x08"
 #: Sent beside an outcome that went another way, for a parent that may not look there.
 WAKE_FRAME: Final = _codec.encode(None)
+
+
+def order_to_catch_up(total: int) -> bytes:
+    """Tells a worker how many tasks have been sent to it: it answers for those that never came."""
+    return ORDER + total.to_bytes(8, "little") + b"."
+
+
+def ordered(frame: bytes) -> int:
+    """The number in a frame that begins with ``ORDER``; ``END_FRAME``'s is negative."""
+    return int.from_bytes(frame[len(ORDER) : -1], "little", signed=True)
+
+
+#: What a worker is sent last.
+END_FRAME: Final = ORDER + (-1).to_bytes(8, "little", signed=True) + b"."
 
 
 def failure(kind: int, error: BaseException) -> Outgoing:

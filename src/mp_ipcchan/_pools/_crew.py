@@ -3,6 +3,11 @@
 What ``_schedule`` decides is carried out here. There is no thread here, and no lock: the engine holds its lock
 for every call. Nothing of the user's runs; tasks that fail are returned to the caller, who lets them fail
 without the lock.
+
+Who submits does some of it in the main thread, where a signal's handler may raise at any instant. Tasks are
+either waiting or in a lane all the time, in the order in which they are sent; a mark (``_torn``) is set while that
+is being changed. Whoever finds it set leaves everything as it is to the engine's thread, which no handler
+interrupts: it asks the workers to answer for all that never came to them (``_mend``).
 """
 
 from __future__ import annotations
@@ -11,12 +16,13 @@ import operator
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final
 
 from .._deadline import remaining
 from .._fd import Fd
+from .._interrupt import raised_by_handler
 from . import _call, _logs, _resident
 from ._commons import Commons
 from ._member import ENDING, STARTING, Member
@@ -24,10 +30,13 @@ from ._schedule import TARGET, Lane, Schedule
 from ._task import Task, TaskTimeoutError, WorkerLostError
 from ._worker import Setup
 
-#: How many workers in a row may fail to start, or in their initializer; then the pool is broken.
+#: How many workers in a row may end by themselves before they are ready; then the pool is broken.
 _MOST_FALSE_STARTS = 4
-#: One that somebody killed while it started counts so much less.
-_KILLED_COUNTS = 1 / 64
+#: How many may be killed. That may be somebody else's doing, who stops some time; so the next one is started after a
+#: pause, which grows (seconds). With the longest ones it takes a quarter of a minute to be sure.
+_MOST_KILLED_STARTS, _FIRST_PAUSE, _LONGEST_PAUSE = 20, 0.01, 1.0
+#: What a worker dies of that is killed by somebody else, or by its own code that nobody can tell from that.
+_KILLS = (-signal.SIGKILL, -signal.SIGTERM)
 #: A task that waits behind another for longer than this (seconds) is given to an idle worker instead.
 _PATIENCE = 2 * TARGET
 #: How often (seconds) the memory of workers is looked at, where it is limited. A look costs some 10 us; memory that is
@@ -35,6 +44,8 @@ _PATIENCE = 2 * TARGET
 _MEMORY_INTERVAL = 0.02
 #: When to try again (seconds) where a worker could not be started, and others go on.
 _START_AGAIN = 1.0
+#: What starting a process raises where that is killed before it has read what it is to do.
+_KILLED_AT_ONCE = (BrokenPipeError, ConnectionResetError, EOFError)
 _OUT_OF_MEMORY: Final = "by the kernel, for want of memory: the control group's count of such kills went up"
 
 
@@ -51,11 +62,18 @@ class Crew:
         self._next_key = 0
         #: All workers have as many tasks as they may: no use in asking the schedule until one answers.
         self._saturated = False
-        self._false_starts = 0.0
+        #: How many workers in a row have ended before they were ready: by themselves, and killed.
+        self._false_starts = self._killed_starts = 0
+        #: How many workers are to be started by the thread, as soon as it may.
+        self._missing = 0
         #: Not before this (monotonic seconds) is another worker to be started.
         self._start_at = 0.0
         #: Set once nothing can be run any more, to what every task fails with.
         self._broken: str | None = None
+        #: Set while tasks are handed out, and workers entered: where nobody has the lock, that was interrupted.
+        self._torn = False
+        #: Tasks that were cancelled, which a worker may have.
+        self._abandoned: deque[Task] = deque()
         #: Whether any task ever had a deadline.
         self._timed = False
         self._commons: Commons | None = None
@@ -63,8 +81,6 @@ class Crew:
         self._out_of_memory = _resident.OutOfMemoryKills()
         #: What a readable descriptor tells: a worker, and whether it is its death.
         self._events: dict[int, tuple[int, bool]] = {}
-        #: Tasks that could not be sent, and why; the thread fails them.
-        self._unsendable: list[tuple[Task, BaseException]] = []
 
     def _notify(self) -> None:
         if self._commons is not None:
@@ -89,60 +105,108 @@ class Crew:
         assert commons is not None
         slot = commons.free_slots[-1]
         levels = _logs.levels()
-        # Duplicates: a forked child closes what is the pool's own.
-        with Fd(commons.cells_fd) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
-            shared = (cells, self._size, lifeline, logs, levels, self._setup)
-            worker = Member.start(self._context, commons.cells, slot, *shared)
+        torn, self._torn = self._torn, True
+        try:
+            # Duplicates: a forked child closes what is the pool's own.
+            with Fd(commons.cells_fd) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
+                shared = (cells, self._size, lifeline, logs, levels, self._setup)
+                worker = Member.start(self._context, commons.cells, slot, *shared)
+        except BaseException:
+            # Nothing has changed. A process that was started all the same finds its channels closed, and ends.
+            self._torn = torn
+            raise
         worker.levels = levels
         commons.free_slots.pop()
         key, self._next_key = self._next_key, self._next_key + 1
         self.workers[key] = worker
+        self._watch(key, worker)
+        self._torn = torn
+
+    def _watch(self, key: int, worker: Member) -> None:
+        """Hear of what the worker sends, and of its death."""
+        assert self._commons is not None
         for fd, died in ((worker.results_fd, False), (worker.pidfd, True)):
-            self._events[fd] = (key, died)
-            commons.epoll.register(fd, select.EPOLLIN)
+            if fd not in self._events:
+                self._commons.epoll.register(fd, select.EPOLLIN)
+                self._events[fd] = (key, died)
 
     def _start_for(self, task: Task) -> None:
         """Start a worker for what waits, if there may be another; ``task`` is the last.
 
-        Where there is none and none can be started, ``task`` doesn't wait any more, and this raises why.
+        Raises why there can't be one, where there is none at all and nothing else has waited for one.
         """
         pending = self._schedule.pending
-        if len(self.workers) >= self._size or time.monotonic() < self._start_at:
+        if len(self.workers) >= self._size:
+            return
+        if time.monotonic() < self._start_at:
+            self._missing = max(1, self._missing)
             return
         try:
             self._start_worker()
-        except Exception:
-            if self.workers or not pending or pending[-1] is not task:
-                self._start_at = time.monotonic() + _START_AGAIN
-                return
-            pending.pop()
-            raise
-
-    def _try_to_start(self) -> list[Task]:
-        """Start a worker; the tasks that fail because none can be."""
-        try:
-            self._start_worker()
+        except _KILLED_AT_ONCE:
+            self._note_false_start(-signal.SIGKILL)
         except Exception as error:
-            self._start_at = time.monotonic() + _START_AGAIN
-            if not self.workers:
-                return self._break(f"no worker can be started: {type(error).__name__}: {error}")
-        return []
+            if raised_by_handler(error) or (not self.workers and pending and pending[-1] is task):
+                raise
+            self._start_again_later()
+
+    def _start_missing(self) -> float | None:
+        """Start the workers that are missing; that none can be breaks the pool, if it has no other.
+
+        When to try again (monotonic seconds), where it is too early now.
+        """
+        while self._missing:
+            if len(self.workers) >= self._size or self._broken:
+                self._missing = 0
+                break
+            if time.monotonic() < self._start_at:
+                return self._start_at
+            self._missing -= 1
+            try:
+                self._start_worker()
+            except _KILLED_AT_ONCE:
+                self._note_false_start(-signal.SIGKILL)
+            except Exception as error:
+                self._start_again_later()
+                if not self.workers:
+                    self._break(f"no worker can be started: {type(error).__name__}: {error}")
+        return None
+
+    def _start_again_later(self, pause: float = _START_AGAIN) -> None:
+        self._missing += 1
+        self._start_at = time.monotonic() + pause
+        self._notify()
+
+    def _note_false_start(self, exitcode: int | None) -> None:
+        """A worker has ended before it was ready. Start another, unless there have been too many such in a row."""
+        if exitcode in _KILLS and not self._out_of_memory.grew():
+            self._killed_starts += 1
+            self._start_again_later(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._killed_starts - 1)))
+            if self._killed_starts >= _MOST_KILLED_STARTS:
+                self._break(f"{_MOST_KILLED_STARTS} workers in a row were killed before they were ready")
+        else:
+            self._false_starts += 1
+            self._missing += 1
+            if self._false_starts >= _MOST_FALSE_STARTS:
+                self._break(f"{_MOST_FALSE_STARTS} workers in a row ended before they were ready, exit code {exitcode}")
 
     def _dispatch(self, refill: bool = True) -> None:
+        """Hand out what waits; nothing where that was interrupted, and the thread has yet to mend it."""
+        if self._torn:
+            self._notify()
+            return
+        self._torn = True
         pending = self._schedule.pending
         while True:
-            given = self._schedule.assign(refill)
-            again = False
-            for key, tasks in given:
-                again |= self._give(key, tasks)
-            if again:
-                continue
+            for key, tasks in self._schedule.assign(refill):
+                self._give(key, tasks)
             self._saturated = bool(pending)
             if self._saturated or not pending:
-                return
+                break
+        self._torn = False
 
-    def _give(self, key: int, tasks: list[Task]) -> bool:
-        """Send a worker what it was assigned; whether some of it has to be assigned anew."""
+    def _give(self, key: int, tasks: list[Task]) -> None:
+        """Send a worker what it was assigned."""
         worker, lane = self.workers[key], self._schedule.lanes[key]
         if len(lane.given) == len(tasks):
             worker.head_since = time.monotonic()
@@ -153,30 +217,53 @@ class Crew:
             worker.tell(_call.encode_call(_logs.set_levels, (levels,), {}))
         for task in tasks:
             task.future._begin()
-        sent, error = worker.send(tasks)
-        if error is not None:
-            refused, *rest = self._schedule.retract(key, len(tasks) - sent)
-            self._schedule.pending.extendleft(task for task in reversed(rest) if task is not None)
-            assert refused is not None
-            self._unsendable.append((refused, error))
-            self._notify()
+        if not worker.send(tasks):
+            self._catch_up(key)
         if lane.room == 0:
-            # Its last ones: it ends by itself after them.
-            worker.tell(_call.END_FRAME)
-            worker.tasks.close()
-        return error is not None
+            # Its last ones.
+            worker.end()
 
-    def _break(self, reason: str) -> list[Task]:
-        """Nothing can be run any more; the tasks that this concerns, which the caller lets fail without the lock."""
+    def _catch_up(self, key: int) -> None:
+        """Let a worker answer for what it was assigned and what never came; then that waits again, or fails."""
+        lane = self._schedule.lanes[key]
+        self.workers[key].catch_up(lane.answered + len(lane.given))
+
+    def _mend(self) -> None:
+        """Put in order what a signal's handler has interrupted by raising, wherever it was. In the thread."""
+        assert self._commons is not None
+        taken = {worker.slot for worker in self.workers.values()}
+        self._commons.free_slots[:] = [slot for slot in range(self._size) if slot not in taken]
+        for key, worker in self.workers.items():
+            self._watch(key, worker)
+        for key, lane in self._schedule.lanes.items():
+            self._schedule.weigh(key)
+            self.workers[key].head_since = time.monotonic()
+            self._catch_up(key)
+            if lane.room == 0:
+                self.workers[key].end()
+        self._torn = False
+        self._dispatch()
+        self._missing = max(self._missing, min(self._size - len(self.workers), len(self._schedule.pending)))
+
+    def _break(self, reason: str) -> None:
+        """Nothing can be run any more; the thread lets all tasks fail."""
         self._broken = reason
         self._saturated = False
-        tasks = list(self._schedule.pending)
-        self._schedule.pending.clear()
-        for lane in self._schedule.lanes.values():
-            tasks += [task for task in lane.given if task is not None]
-            lane.given.clear()
         self._notify()
+
+    def _take_all(self) -> list[Task]:
+        """Every task that there is."""
+        tasks = [task for lane in self._schedule.lanes.values() for task in lane.given if task is not None]
+        for lane in self._schedule.lanes.values():
+            lane.given.clear()
+        tasks += self._take_waiting()
         return tasks
+
+    def _take_waiting(self) -> list[Task]:
+        """The tasks that wait."""
+        pending = self._schedule.pending
+        # More may be appended meanwhile.
+        return [pending.popleft() for _ in range(len(pending))]
 
     def _recall(self, key: int, first: int) -> int:
         """Take back what a worker has not begun, from number ``first`` on; how many are with it that stay."""
@@ -202,18 +289,17 @@ class Crew:
             worker.kill()
         self._dispatch()
 
-    def _drop(self, task: Task) -> bool:
-        """Stop a cancelled task, if a worker has it; whether one had. One that only waits is never given."""
+    def _drop(self, task: Task) -> None:
+        """Stop a cancelled task, if a worker has it. One that only waits is never given."""
         for key, lane in self._schedule.lanes.items():
             if task in lane.given:
                 self._stop(key, task, _always(TaskTimeoutError("cancelled")))
-                return True
-        return False
+                return
 
-    def _remove(self, key: int) -> tuple[list[tuple[Task, BaseException]], list[Task]]:
-        """A worker has died, and been heard out: the tasks that are lost, and those that fail because all is over."""
+    def _remove(self, key: int) -> list[tuple[Task, BaseException]]:
+        """A worker has died, and been heard out: the tasks that are lost."""
         worker = self.workers.pop(key)
-        started, initializing = worker.started, worker.initializing
+        started = worker.started
         exitcode = worker.join()
         for fd in (worker.results_fd, worker.pidfd):
             self._ignore(fd)
@@ -221,20 +307,16 @@ class Crew:
         assert self._commons is not None
         self._commons.free_slots.append(worker.slot)
         lane = self._schedule.lanes.get(key)
-        broken: list[Task] = []
         failed: list[tuple[Task, BaseException]] = []
         if lane is not None:
             failed = self._settle_lost(worker, lane, started, exitcode)
             self._schedule.close(key)
+            self._missing += 1
         elif not self._broken:
-            self._false_starts += 1 if initializing or (exitcode or 0) >= 0 else _KILLED_COUNTS
-            if self._false_starts >= _MOST_FALSE_STARTS:
-                broken = self._break(
-                    f"{_MOST_FALSE_STARTS} workers in a row ended before they were ready, exit code {exitcode}"
-                )
+            self._note_false_start(exitcode)
         self._saturated = False
         self._dispatch()
-        return failed, broken
+        return failed
 
     def _settle_lost(
         self, worker: Member, lane: Lane[Task], started: int, exitcode: int | None
@@ -251,7 +333,7 @@ class Crew:
                 task.retries -= ran
                 again.append(task)
             else:
-                fault = worker.fault or WorkerLostError(worker.pid, exitcode, task.name, hint)
+                fault = worker.fault or task.refused or WorkerLostError(worker.pid, exitcode, task.name, hint)
                 failed.append((task, fault))
         self._schedule.pending.extendleft(reversed(again))
         return failed
@@ -262,6 +344,8 @@ class Crew:
         How long until there is something to look after again (seconds); None where only an event can bring it.
         """
         at: list[float] = []
+        for _ in range(len(self._abandoned)):
+            self._drop(self._abandoned.popleft())
         if self._timed:
             for key, head in list(self._heads()):
                 if head.timeout is not None and self.workers[key].fault is None:
@@ -282,11 +366,9 @@ class Crew:
             else:
                 self._recall(lane_behind.key, lane_behind.answered + 1)
                 self._dispatch()
-        if self._schedule.pending and len(self.workers) < self._size and self._start_at:
-            if time.monotonic() < self._start_at:
-                at.append(self._start_at)
-            else:
-                self._unsendable += self._broken_tasks(self._try_to_start())
+        start_at = self._start_missing()
+        if start_at is not None:
+            at.append(start_at)
         return remaining(min(at)) if at else None
 
     def _limit_memory(self, limit: int) -> None:
@@ -300,9 +382,6 @@ class Crew:
                 # Looked at before and after: it is this one's, a worker begins none while it has more than the limit.
                 if task is not None and worker.started == started:
                     self._stop(key, task, _too_much_memory(task, size, limit))
-
-    def _broken_tasks(self, tasks: list[Task]) -> list[tuple[Task, BaseException]]:
-        return [(task, BrokenProcessPool(self._broken)) for task in tasks]
 
     def _heads(self) -> Iterator[tuple[int, Task]]:
         """Workers that have something to do, and the task that each runs or is about to."""

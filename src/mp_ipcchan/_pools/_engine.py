@@ -61,6 +61,10 @@ class Engine(Crew):
         self._lock = threading.RLock()
         #: No more tasks are taken.
         self._closing = False
+        #: ``submit`` has raised: the thread looks at everything once.
+        self._interrupted = False
+        #: What waits is to be cancelled.
+        self._cancelling = False
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self.mappings = Mappings()
@@ -68,40 +72,47 @@ class Engine(Crew):
     # -- for those who submit ----------------------------------------------------------------
 
     def submit(self, task: Task) -> None:
-        """Run ``task`` some time. ``BrokenProcessPool``, or ``RuntimeError`` after ``close`` or in a forked child."""
+        """Run ``task`` some time. ``BrokenProcessPool``, or ``RuntimeError`` after ``close`` or in a forked child.
+
+        Where a signal's handler raises in here, it may be run or not; all others are run.
+        """
         future = task.future
         future._task, future._abandon = task, self._abandon
         if task.timeout is not None:
             self._timed = True
         self.check()
-        pending = self._schedule.pending
-        if self._saturated and len(self.workers) == self._size:
+        try:
+            self._schedule.pending.append(task)
             # The usual case where many are submitted, without the lock: whoever takes ``_saturated`` back looks at what
             # waits after that, and this looks at ``_saturated`` after it is among those.
-            pending.append(task)
-            if self._saturated:
+            if self._saturated and len(self.workers) == self._size:
                 return
-            waits = True
-        else:
-            waits = False
-        with self._lock:
-            try:
-                self.check()
-                if self._thread is None:
-                    self._open()
-            except BaseException:
-                if waits and task in pending:
-                    pending.remove(task)
-                raise
-            if not waits:
-                pending.append(task)
+            with self._lock:
+                self._hand_out(task)
+        except BaseException:
+            # The thread goes on where this was interrupted. Without a call: another handler may raise in that.
+            self._interrupted = True
+            self._notify()
+            raise
+
+    def _hand_out(self, task: Task) -> None:
+        """Give what waits, ``task`` last, to workers that have nothing to do; start another, if there may be one."""
+        pending = self._schedule.pending
+        try:
+            self.check()
+            if self._thread is None:
+                self._open()
             # Those that are busy are given more by the thread, several at a time.
             self._dispatch(refill=False)
             if task.timeout is not None or self._setup.max_memory is not None:
                 # The thread has to watch it.
                 self._notify()
-            if pending:
+            if pending and not self._torn:
                 self._start_for(task)
+        except BaseException:
+            if task in pending:
+                pending.remove(task)
+            raise
 
     def start(self) -> None:
         """Start all the workers now, not when there are tasks for them."""
@@ -135,25 +146,17 @@ class Engine(Crew):
 
     def _abandon(self, task: Task) -> None:
         """``task`` was cancelled: if a worker has it, don't let it begin it, or stop it. What waits is never given."""
-        with self._lock:
-            if self._drop(task) or self._closing:
-                # There is something to hand out, or it may be the last that the end has waited for.
-                self._notify()
+        self._abandoned.append(task)
+        self._notify()
 
     def close(self, cancel: bool = False) -> None:
         """Take no more tasks. Those that wait are run, or with ``cancel`` cancelled; then the workers end.
 
-        Without ``cancel`` it takes no lock: a finaliser may call it.
+        It takes no lock: a finaliser may call it.
         """
-        dropped: list[Task] = []
+        self._cancelling |= cancel
         self._closing = True
-        if cancel:
-            with self._lock:
-                dropped.extend(self._schedule.pending)
-                self._schedule.pending.clear()
         self._notify()
-        for task in dropped:
-            task.future.cancel()
 
     def kill(
         self,
@@ -161,15 +164,16 @@ class Engine(Crew):
         reason: str = "the workers were ended by terminate_workers or kill_workers",
     ) -> None:
         """End every worker by ``kill(process)``; what was not finished fails with ``BrokenProcessPool(reason)``."""
+        self._closing = True
+        self._break(reason)
         with self._lock:
-            self._closing = True
-            tasks = self._break(reason)
             for worker in self.workers.values():
                 kill(worker.process)
-        self._fail_broken(tasks)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until all is done and every worker has ended, after ``close``; False after ``timeout`` seconds."""
+        # Should a signal's handler have interrupted whoever told it last.
+        self._notify()
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return True
@@ -188,55 +192,65 @@ class Engine(Crew):
 
     def _open(self, workers: int = 0) -> None:
         """Begin, with so many workers already."""
-        self._commons = Commons(self._size)
-        self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
-        _engines.add(self)
         try:
+            self._commons = Commons(self._size)
+            _engines.add(self)
             # Ahead of the thread: a process that has several is better not forked.
             for _ in range(workers):
                 self._start_worker()
+            self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
             self._thread.start()
         except BaseException:
+            # Should the thread run already, it sees that it is none of ours.
             self._thread = None
-            for worker in self.workers.values():
-                worker.kill()
-                worker.join()
-                worker.close()
-            self.workers.clear()
-            self._events.clear()
-            self._release()
+            self._abolish()
             raise
+
+    def _abolish(self) -> None:
+        """End all workers, and close what the engine owns."""
+        workers, self.workers = list(self.workers.values()), {}
+        for worker in workers:
+            worker.kill()
+            worker.join()
+            worker.close()
+        self._events.clear()
+        self._torn = False
+        self._release()
 
     # -- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread is not threading.current_thread():
+                return
         try:
             self._serve()
         except BaseException as error:
             # Nobody who waits for a future may wait for ever.
             with self._lock:
                 self._closing = True
-                tasks = self._break(f"the pool's thread failed: {error!r}")
-                workers, self.workers = list(self.workers.values()), {}
-                for worker in workers:
-                    worker.kill()
-                    worker.join()
-                    worker.close()
-                self._release()
-            self._fail_broken(tasks)
+                self._break(f"the pool's thread failed: {error!r}")
+                self._abolish()
+            self._fail_all()
             raise
 
     def _serve(self) -> None:
         commons = self._commons
         assert commons is not None
         while True:
-            failed: list[tuple[Task, BaseException]] = []
+            if self._cancelling:
+                self._cancel_waiting()
+            if self._broken:
+                self._fail_all()
             with self._lock:
+                if self._torn or self._interrupted:
+                    self._interrupted = False
+                    self._mend()
                 patience = self._look_after()
-                failed, self._unsendable = self._unsendable, failed
                 finished = self._finished()
-            _outcome.fail(failed)
             if finished:
+                if self._broken:
+                    self._fail_all()
                 self._release()
                 return
             commons.falls_asleep()
@@ -263,6 +277,19 @@ class Engine(Crew):
                     self._hear(key, key in readable)
             for key in deaths:
                 self._bury(key)
+
+    def _cancel_waiting(self) -> None:
+        """Cancel what waits, as ``close`` was asked to."""
+        self._cancelling = False
+        with self._lock:
+            waiting = self._take_waiting()
+        _outcome.cancel(waiting)
+
+    def _fail_all(self) -> None:
+        """Nothing can be run any more: let every task fail."""
+        with self._lock:
+            tasks = self._take_all()
+        _outcome.fail([(task, BrokenProcessPool(self._broken)) for task in tasks])
 
     def _hear(self, key: int, readable: bool = True) -> None:
         """Take the outcomes that a worker has sent. ``readable``: whether its channel is."""
@@ -317,26 +344,23 @@ class Engine(Crew):
     def _begin(self, key: int, worker: Member, incoming: Incoming) -> None:
         """A worker's first words."""
         said = _call.decode(incoming)
-        tasks: list[Task] = []
         with self._lock:
             if said == READY:
                 worker.state = OPEN
-                self._false_starts = 0.0
+                self._false_starts = self._killed_starts = 0
                 self._schedule.open(key, self._max_tasks)
                 self._dispatch()
             elif not self._broken:
-                tasks = self._break(said[1])
-        self._fail_broken(tasks)
+                self._break(said[1])
 
     def _bury(self, key: int) -> None:
         """A worker has died: take what it has sent, settle its tasks, replace it."""
         self._hear_out(key)
         with self._lock:
-            failed, broken = self._remove(key)
-            if not self._broken and (not self._closing or not self._schedule.idle):
-                broken += self._try_to_start()
+            failed = self._remove(key)
+            if self._closing and self._schedule.idle:
+                self._missing = 0
         _outcome.fail(failed)
-        self._fail_broken(broken)
 
     def _hear_out(self, key: int) -> None:
         """Everything that a dead worker has sent."""
@@ -352,18 +376,11 @@ class Engine(Crew):
         lane = self._schedule.lanes.get(key)
         return lane.answered if lane else -1
 
-    def _fail_broken(self, tasks: list[Task]) -> None:
-        """Let ``tasks``, which ``_break`` gave, fail; without the lock."""
-        _outcome.fail(self._broken_tasks(tasks))
-
     def _finished(self) -> bool:
         """Whether everything is done; ends the workers when the tasks are."""
         if self._closing and (self._broken or self._schedule.idle):
             for worker in self.workers.values():
-                if worker.state != ENDING and not worker.tasks.closed:
-                    # Said, too: a process that was forked from this one may hold the channel open.
-                    worker.tell(_call.END_FRAME)
-                    worker.tasks.close()
+                worker.end()
                 if worker.state == OPEN:
                     worker.state = ENDING
             return not self.workers
@@ -378,6 +395,7 @@ class Engine(Crew):
     def disown(self) -> None:
         """In a forked child, which has neither the thread nor the workers: close all that is the parent's."""
         self._lock = threading.RLock()
+        self._torn = False
         self._thread = None
         workers = list(self.workers.values())
         self.workers = {}

@@ -87,9 +87,14 @@ class _Submits(Executor):
         bar = _progress.new_bar(*iterables) if progress else None
         deadline = deadline_in(timeout)
         mapping = Mapping(self._submit_chunk, fn, iterables, self._max_workers, chunksize, buffersize)
-        mapping.fill()
-        mapping.check()
-        self._engine.mappings.add(mapping)
+        try:
+            mapping.fill()
+            mapping.check()
+            self._engine.mappings.add(mapping)
+        except BaseException:
+            # It failed, or Ctrl-C: nobody gets the results.
+            mapping.cancel()
+            raise
         results = mapping.results(deadline, self._engine.revive)
         return _progress.shown(results, bar) if bar is not None else results
 

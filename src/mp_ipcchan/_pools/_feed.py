@@ -3,10 +3,14 @@
 Input that is at hand (a list, a range) is read by whoever finds that there is room: the caller, then the thread that
 hears of results. Input that may take its time, or wait for a result itself, has a thread to read it; that of
 ``Pool.map`` is read in the caller's, who waits anyway.
+
+In the user's threads a signal's handler may raise at any instant. Reading ends then, at the position up to
+which all chunks were given away; what may have been given away beyond it is as if it had not.
 """
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections import deque
@@ -30,7 +34,8 @@ class Feed:
     """Reads ``items`` and gives them to ``launch(position, chunk)``; see the module.
 
     ``room() -> int``: how many items the next chunk is to have; 0 for none now. ``failed(error)``: reading raised,
-    nothing follows. ``ended()``: everything was read. ``whole``: chunks that a failure cut short are dropped.
+    nothing follows ``position``; it may be told again. ``ended()``: everything was read. ``whole``: chunks that a
+    failure cut short are dropped.
     """
 
     def __init__(
@@ -49,10 +54,13 @@ class Feed:
         #: Of the next item that will be given away.
         self.position = 0
         self._lock = threading.RLock()
+        #: Whether whoever holds the lock reads; it looks once more for those who would read, too.
         self._busy = False
         self._again = False
-        #: For the thread that reads: raised where there may be room. None where anybody reads.
-        self._bell: threading.Event | None = None
+        self._interrupted: BaseException | None = None
+        #: For the thread that reads: released where there may be room. None where anybody reads. A lock, since what the
+        #: stdlib has for this is not safe from Ctrl-C.
+        self._bell: threading.Lock | None = None
 
     @property
     def over(self) -> bool:
@@ -64,12 +72,13 @@ class Feed:
         if at_hand:
             self.advance()
         else:
-            self._bell = threading.Event()
-            threading.Thread(target=self._read_all, name="mp_ipcchan-input", daemon=True).start()
+            self._bell = threading.Lock()
+            # Not by ``threading.Thread``, which waits until it runs, in Python code that Ctrl-C may break.
+            _thread.start_new_thread(self._read_all, ())
 
     def read_here(self) -> None:
         """Read everything in this thread, as there is room."""
-        self._bell = threading.Event()
+        self._bell = threading.Lock()
         try:
             self._read_all()
         except BaseException:
@@ -80,44 +89,48 @@ class Feed:
         bell = self._bell
         assert bell is not None
         while True:
-            bell.clear()
+            bell.acquire(False)
             self._pump()
             if self._items is None:
                 return
-            bell.wait()
+            bell.acquire()
 
     def advance(self) -> None:
         """There may be room."""
         if self._bell is not None:
-            self._bell.set()
+            _ring(self._bell)
         elif self._items is not None:
             self._pump()
+        elif self._interrupted is not None:
+            # Whoever was to tell of it may have been interrupted once more.
+            self._failed(self._interrupted)
 
     def stop(self) -> None:
         """Read nothing more."""
         self._items = None
         if self._bell is not None:
-            self._bell.set()
+            _ring(self._bell)
 
     def _pump(self) -> None:
-        """Read while there is room. One thread at a time; who finds another at it has it look once more."""
-        with self._lock:
-            if self._busy:
-                self._again = True
-                return
-            self._busy = True
+        """Read while there is room. One thread at a time."""
         try:
-            while True:
-                self._read()
-                with self._lock:
-                    if not self._again:
-                        self._busy = False
-                        return
-                    self._again = False
+            with self._lock:
+                self._again = True
+                if self._busy:
+                    # This thread is reading, further up its stack.
+                    return
+                try:
+                    self._busy = True
+                    while True:
+                        if not self._again:
+                            return
+                        self._again = False
+                        self._read()
+                finally:
+                    self._busy = False
         except BaseException as error:
-            # Ctrl-C, where the user's thread reads: what it was about to give away is lost, so nothing may follow.
-            self._busy = False
-            self.stop()
+            # Ctrl-C. First what takes no call, as another handler may raise in that.
+            self._interrupted, self._items = error, None
             self._failed(error)
             raise
 
@@ -135,9 +148,8 @@ class Feed:
             except Exception as raised:
                 error = raised
             if chunk and not (error and self._whole):
-                position = self.position
+                self._launch(self.position, chunk)
                 self.position += len(chunk)
-                self._launch(position, chunk)
             if error is not None:
                 self.stop()
                 self._failed(error)
@@ -157,3 +169,11 @@ class Feed:
             if len(chunk) == size or time.monotonic() - begun > _PATIENCE:
                 return True
         return False
+
+
+def _ring(bell: threading.Lock) -> None:
+    try:
+        bell.release()
+    except RuntimeError:
+        # It has been rung, and not been heard yet.
+        pass

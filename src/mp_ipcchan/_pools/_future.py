@@ -9,6 +9,7 @@ a condition holds it, too; from then on the stdlib's code and ours change the st
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future as StdlibFuture
@@ -25,6 +26,16 @@ _CANCELLED = frozenset((_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED))
 
 #: Reentrant: a finaliser may cancel a future anywhere.
 _young = threading.RLock()
+
+
+class _Condition(threading.Condition):
+    """One that is entered and left in C.
+
+    The stdlib's does it in Python code. Ctrl-C there leaves its lock held, on which the pool's thread would wait.
+    """
+
+    __enter__: Any = property(operator.attrgetter("_lock.__enter__"))
+    __exit__: Any = property(operator.attrgetter("_lock.__exit__"))
 
 
 class Future(StdlibFuture[T], Generic[T]):
@@ -51,7 +62,7 @@ class Future(StdlibFuture[T], Generic[T]):
             with _young:
                 condition = self._late_condition
                 if condition is None:
-                    condition = self._late_condition = threading.Condition()
+                    condition = self._late_condition = _Condition()
         return condition
 
     @property

@@ -50,16 +50,19 @@ class Stream:
             chunksize = 1
         self._chunksize = chunksize
         self._sizes = ChunkSize(chunksize, target=host.target, largest=_LARGEST)
-        # Reentrant: forgetting the iterator may happen anywhere. Held by itself, not through the condition, which is
-        # released by Python code, so that Ctrl-C could leave it held.
+        # Reentrant: forgetting the iterator may happen anywhere.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        #: Locks of those who wait, released when something has changed. A condition would not do: it lets go of its
+        #: lock, and takes it again, in Python code, where Ctrl-C may come between.
+        self._gates: list[threading.Lock] = []
         #: Outcomes to be taken, the oldest first.
         self._items: deque[tuple[bool, Any]] = deque()
         #: Outcomes that came ahead of older ones: by their position, how many calls they are of, and themselves.
         self._early: dict[int, tuple[int, list[tuple[bool, Any]]]] = {}
         #: Up to which position outcomes have gone to ``_items``.
         self._next = 0
+        #: The positions of what was given to workers and has not ended.
+        self._under_way: set[int] = set()
         #: Calls that were given to workers, that ended, and whose outcomes were taken.
         self._launched = self._settled = self._taken = 0
         #: How few calls must be on their way for more to be read.
@@ -98,15 +101,8 @@ class Stream:
         return 0
 
     def _launch(self, position: int, items: list[Any]) -> None:
+        self._under_way.add(position)
         self._launched += len(items)
-        try:
-            self._submit(position, items)
-        except BaseException:
-            # Ctrl-C: it may have been submitted, or not.
-            self._launched -= len(items)
-            raise
-
-    def _submit(self, position: int, items: list[Any]) -> None:
         if self._chunksize == 1:
 
             def settle_one(succeeded: bool, outcome: Any) -> None:
@@ -158,30 +154,53 @@ class Stream:
         if final:
             self._feed.stop()
         with self._lock:
-            if self._complete:
-                return  # dropped meanwhile
-            self._settled += calls
-            # Those of a chunk that fails as one are taken with its failure.
-            self._taken += calls - len(outcomes) if calls else 0
-            if last or final:
-                self._reading = False
-            if not self._ordered:
-                self._items.extend(outcomes)
-            elif position == self._next:
-                self._items.extend(outcomes)
-                self._next += calls
-                if self._early:
-                    self._release()
-            else:
-                self._early[position] = calls, outcomes
-            if self._dropping:
-                self._items.clear()
-            self._complete = not self._reading and self._settled >= self._launched
-            self._changed.notify()
+            if not self._complete:
+                self._note(position, calls, outcomes, last, final)
         if self._complete:
             self._end()
         elif self._unbounded:
             self._feed.advance()
+
+    def _note(self, position: int, calls: int, outcomes: list[tuple[bool, Any]], last: bool, final: bool) -> None:
+        if last:
+            # Where giving it away was interrupted, it may be under way, or even have ended.
+            self._under_way.discard(position)
+            position = max(position, self._next)
+        elif position in self._under_way:
+            self._under_way.discard(position)
+        else:
+            return
+        self._settled += calls
+        # Those of a chunk that fails as one are taken with its failure.
+        self._taken += calls - len(outcomes) if calls else 0
+        if not self._ordered:
+            self._items.extend(outcomes)
+        elif position == self._next:
+            self._items.extend(outcomes)
+            self._next += calls
+            if self._early:
+                self._release()
+        else:
+            self._early[position] = calls, outcomes
+        if self._dropping:
+            self._items.clear()
+        if last or final:
+            self._reading = False
+        self._complete = not self._reading and not self._under_way
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something has changed: let those who wait look."""
+        gates, self._gates = self._gates, []
+        for gate in gates:
+            gate.release()
+
+    def _new_gate(self) -> threading.Lock:
+        """What to wait on, made while the lock is held: it is released with the next change."""
+        gate = threading.Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        return gate
 
     def _release(self) -> None:
         while self._next in self._early:
@@ -190,6 +209,7 @@ class Stream:
             self._next += calls
 
     def _end(self) -> None:
+        """All is done; as often as it is said."""
         self._cache.pop(self._job, None)
         pool, self._pool = self._pool, None
         if pool is not None:
@@ -198,18 +218,20 @@ class Stream:
     def take(self, timeout: float | None) -> Any:
         """The next result, or its exception. ``StopIteration`` at the end."""
         deadline = deadline_in(timeout)
-        with self._lock:
-            while True:
+        waited = True
+        while True:
+            with self._lock:
                 if self._items:
                     succeeded, value = self._items.popleft()
                     self._taken += 1
                     break
                 if self._complete:
-                    # For other threads that wait.
-                    self._changed.notify()
                     raise StopIteration
-                if not self._changed.wait(remaining(deadline)) and not self._items and not self._complete:
+                if not waited:
                     raise StdlibTimeoutError
+                gate = self._new_gate()
+            left = remaining(deadline)
+            waited = gate.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX))
         if self._launched - self._taken <= self._low:
             self._feed.advance()
         if succeeded:
@@ -227,15 +249,17 @@ class Stream:
             self._complete = True
             self._early.clear()
             self._items.append((False, error))
-            self._changed.notify_all()
+            self._wake()
         self._end()
 
     def await_end(self) -> None:
         """Wait until every result is there."""
-        with self._lock:
-            self._changed.wait_for(lambda: self._complete)
-            # For other threads that wait.
-            self._changed.notify()
+        while True:
+            with self._lock:
+                if self._complete:
+                    return
+                gate = self._new_gate()
+            gate.acquire()
 
     def unbind(self) -> None:
         """Read on whether or not results are taken."""

@@ -107,9 +107,8 @@ class Mapping:
             self.fill()
 
     def check(self) -> None:
-        """Raise what reading the input for the first chunks has raised; what was submitted is cancelled."""
+        """Raise what reading the input for the first chunks has raised."""
         if self._failure is not None:
-            self._cancel()
             raise self._failure
 
     @property
@@ -153,9 +152,10 @@ class Mapping:
                     raise revive(*failure)
                 self.fill()
         finally:
-            self._cancel()
+            self.cancel()
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """Read nothing more; cancel what is on its way."""
         self._exhausted = True
         for future, _ in self._chunks:
             future.cancel()

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._channel import channel
 from .._inlet import EndOfStream, NoRoom
+from .._interrupt import raised_by_handler
 from .._message import Incoming, Outgoing
 from .._receiver import Receiver
 from .._sender import Sender
@@ -18,7 +19,7 @@ from . import _call
 from ._lifeline import interrupts_held_back
 from ._ring import Reader, fence
 from ._task import Task
-from ._worker import ANSWERED, BUSY, HEAD, INITIALIZING, LOGGED, STARTED, TAIL, TAKEN_FROM, TAKEN_TO, Cells, work
+from ._worker import ANSWERED, BUSY, HEAD, LOGGED, STARTED, TAIL, TAKEN_FROM, TAKEN_TO, Cells, work
 
 #: How long to wait (seconds) for an exit code that another thread is just collecting.
 _EXIT_PATIENCE = 1.0
@@ -96,39 +97,54 @@ class Member:
 
     # -- tasks and outcomes ------------------------------------------------------------------
 
-    def send(self, tasks: list[Task]) -> tuple[int, OSError | None]:
-        """Send ``tasks`` in order: how many have gone, and why the next one could not be, if that is its own fault.
+    def send(self, tasks: list[Task]) -> bool:
+        """Send ``tasks`` in order; False where one could not be, by its own fault, and all behind it were not.
 
         A worker that has died takes everything: its death tells what becomes of it.
         """
         outlet = self.tasks._open_link().outlet
         frames: list[bytes] = []
-        sent = 0
+        leaving = 0
         try:
-            for task in tasks:
+            for number, task in enumerate(tasks):
                 item = task.item
                 if isinstance(item, bytes):
                     frames.append(item)
                     continue
                 outlet.send_all(frames)
-                sent += len(frames)
                 frames = []
+                leaving = number
                 outlet.send(item)
-                sent += 1
+                leaving += 1
             outlet.send_all(frames)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
         except OSError as error:
-            # No descriptors or no memory left for a message that needs its own.
-            return sent, error
-        return len(tasks), None
+            if raised_by_handler(error):
+                raise
+            if not isinstance(error, (BrokenPipeError, ConnectionResetError)):
+                # No descriptors or no memory left for a message that needs its own.
+                tasks[leaving].refused = error
+                return False
+        return True
 
     def tell(self, item: Outgoing) -> None:
         """Send a message, if the worker is there to hear it."""
         try:
             self.tasks._open_link().outlet.send(item)
-        except OSError:
-            pass
+        except OSError as error:
+            if raised_by_handler(error):
+                raise
+
+    def end(self) -> None:
+        """Let it end by itself, after what it was sent. Once, though it may be called again."""
+        if not self.tasks.closed:
+            # Said, too: a process that was forked from this one may hold the channel open.
+            self.tell(_call.END_FRAME)
+            self.tasks.close()
+
+    def catch_up(self, total: int) -> None:
+        """``total`` tasks were meant for it, over its life: let it answer for those that were never sent."""
+        if not self.tasks.closed:
+            self.tell(_call.order_to_catch_up(total))
 
     def receive(self, readable: bool) -> tuple[deque[Incoming], bool]:
         """What it has sent, in order, and whether that was the end. ``readable``: whether its channel is."""
@@ -183,10 +199,6 @@ class Member:
     def started(self) -> int:
         """How many tasks it has begun."""
         return self._cell[STARTED]
-
-    @property
-    def initializing(self) -> bool:
-        return bool(self._cell[INITIALIZING])
 
     def newly_busy(self) -> float:
         """The seconds it has worked since this was asked last."""

@@ -39,8 +39,12 @@ def settle(
             report("exception calling callback")
         return True
     if kind == _call.SKIPPED:
-        # It was about to begin when it was taken back, so it was left with its worker: neither ran it.
-        return False
+        # It was about to begin when it was taken back, so it was left with its worker, and neither ran it; or it never
+        # came there.
+        if task.refused is None and task.repeatable:
+            return False
+        _end(task, task.refused or SerializationError(f"sending {task.name} was interrupted; what it carries is back"))
+        return True
     if kind == _call.UNDECODED and not task.by_value and task.repeatable:
         # The worker doesn't know the function by its name: it was defined after the worker was started.
         try:
@@ -68,6 +72,15 @@ def fail(tasks: list[tuple[Task, BaseException]]) -> None:
     """End tasks with an error each."""
     for task, error in tasks:
         _end(task, error)
+
+
+def cancel(tasks: list[Task]) -> None:
+    """End tasks that were not begun."""
+    for task in tasks:
+        try:
+            task.future.cancel()
+        except BaseException:
+            report("exception calling callback")
 
 
 def report(what: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import Self
 
+from .._interrupt import raised_by_handler
 from . import _engine_url, _progress
 from ._async_result import CLOSE, INIT, RUN, TERMINATE, AsyncResult, MapResult, Speeds
 from ._imap import IMapIterator, IMapUnorderedIterator, Stream
@@ -135,12 +136,12 @@ class Pool(stdlib.Pool):
         try:
             result._enter()
             host.submit(func, args if type(args) is tuple else tuple(args), kwds, result._settle)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) or raised_by_handler(error):
+                self._cache.pop(result._job, None)
+                raise
             # What can't be arguments; ``get`` raises it, as in the stdlib.
             result._settle(False, error)
-        except BaseException as error:
-            result._drop(error)
-            raise
         return result
 
     # -- all at once -------------------------------------------------------------------------
@@ -206,8 +207,10 @@ class Pool(stdlib.Pool):
             result._begin_here(iterable)
             return result.get()
         except BaseException as error:
-            # Ctrl-C, most likely: nobody has the result any more. Where it is there, this does nothing.
-            result._drop(error)
+            # Ctrl-C, most likely: nobody has the result any more. Where it is there, this does nothing. The first call
+            # is one in C, since another handler may raise in those in Python: the pool's end doesn't wait for it.
+            if self._cache.pop(result._job, None) is not None:
+                result._finish(self, False, error)  # type: ignore[arg-type]
             raise
 
     def _map_async(
@@ -225,7 +228,8 @@ class Pool(stdlib.Pool):
             result._enter()
             result._begin(iterable)
         except BaseException as error:
-            result._drop(error)
+            if self._cache.pop(result._job, None) is not None:
+                result._finish(self, False, error)  # type: ignore[arg-type]
             raise
         return result
 
@@ -276,6 +280,7 @@ class Pool(stdlib.Pool):
         try:
             stream.begin(iterable)
         except BaseException as error:
+            self._cache.pop(stream._job, None)
             stream._drop(error)
             raise
         return iterator
@@ -292,7 +297,7 @@ class Pool(stdlib.Pool):
         util.debug("closing pool")
         if self._state == RUN:
             self._state = CLOSE
-            self._one_less()
+        self._one_less()
 
     def terminate(self) -> None:
         """End the workers at once. What was not finished fails; the callbacks are not called."""
@@ -308,6 +313,8 @@ class Pool(stdlib.Pool):
             raise ValueError("Pool is still running")
         if self._state not in (CLOSE, TERMINATE):
             raise ValueError("In unknown state")
+        # Should a signal's handler have interrupted who was to say so.
+        self._one_less()
         # Their results may be taken later, by whoever waits here.
         for result in list(self._cache.values()):
             if isinstance(result, Stream):

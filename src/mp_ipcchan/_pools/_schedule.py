@@ -3,13 +3,16 @@
 A *lane* stands for a worker. Tasks are given to it in order and answered in the same order, so the
 first unanswered one is the one that runs, or is about to. A lane is given a few tasks at a time where
 they are short, so that the worker need not wait for the parent after each; where they are long, one.
+
+A signal's handler may raise while tasks are assigned. A task goes from those that wait to its lane in one C call, so
+it is always in one of the two, and once.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, repeat, starmap
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -109,22 +112,22 @@ class Schedule(Generic[T]):
             if tasks:
                 if lane.room is not None:
                     lane.room -= len(tasks)
-                lane.given.extend(tasks)
+                lane.given.extend(starmap(self.pending.popleft, repeat((), len(tasks))))
                 given.append((lane.key, tasks))
 
     def _next(self, lane: Lane[T], most: int) -> list[T]:
-        """The next tasks for a lane, as many as it has room for."""
+        """The next tasks for a lane, as many as it has room for; they still wait, ahead of all others."""
         tasks: list[T] = []
-        while self.pending and len(tasks) < most:
-            task = self.pending[0]
+        while len(tasks) < most and len(tasks) < len(self.pending):
+            task = self.pending[len(tasks)]
             if self._dropped(task):
-                self.pending.popleft()
+                del self.pending[len(tasks)]
                 continue
             weight = self._weight(task)
             if lane.load + weight > _MOST_BYTES and (tasks or lane.given):
                 break
             lane.load += weight
-            tasks.append(self.pending.popleft())
+            tasks.append(task)
         return tasks
 
     def answer(self, key: int) -> T | None:
@@ -136,17 +139,6 @@ class Schedule(Generic[T]):
             lane.load -= self._weight(task)
         return task
 
-    def retract(self, key: int, count: int) -> list[T | None]:
-        """The last ``count`` that a lane was given never got there: they count for nothing."""
-        lane = self.lanes[key]
-        tasks = [lane.given.pop() for _ in range(count)][::-1]
-        for task in tasks:
-            if task is not None:
-                lane.load -= self._weight(task)
-                if lane.room is not None:
-                    lane.room += 1
-        return tasks
-
     def insert(self, key: int, behind: int) -> None:
         """Something that nobody waits for goes to the lane, ahead of the last ``behind`` it was given."""
         given = self.lanes[key].given
@@ -157,7 +149,8 @@ class Schedule(Generic[T]):
         longest, most, idle = None, 1, False
         for lane in self.lanes.values():
             count = len(lane.given)
-            if count > most:
+            # One that must be alone may have an order ahead of it, and stays all the same.
+            if count > most and lane.load < ALONE:
                 longest, most = lane, count
             elif not count and lane.room != 0:
                 idle = True
@@ -175,6 +168,11 @@ class Schedule(Generic[T]):
         lane.load -= sum(map(self._weight, taken))
         self.pending.extendleft(reversed(taken))
         return taken
+
+    def weigh(self, key: int) -> None:
+        """Take the weight of what a lane has anew, where assigning to it was interrupted."""
+        lane = self.lanes[key]
+        lane.load = sum(self._weight(task) for task in lane.given if task is not None)
 
     @property
     def idle(self) -> bool:

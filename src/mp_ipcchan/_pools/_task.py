@@ -61,6 +61,7 @@ class Task:
         "future",
         "item",
         "options",
+        "refused",
         "repeatable",
         "retries",
         "size",
@@ -89,6 +90,9 @@ class Task:
         self.repeatable = not isinstance(self.item, Message) or not self.item.handles
         #: Its weight. One that can't be sent twice can't be taken back, so it waits behind none.
         self.size = len(self.item) if self.repeatable else ALONE
+
+        #: Why it could not be sent, which is what it fails with once its worker has said that it never came.
+        self.refused: OSError | None = None
 
     def encode_by_value(self) -> None:
         """Let the function that the user gave travel by value."""

@@ -24,7 +24,7 @@ from ._lifeline import end_with, ignore_interrupts
 
 #: Words of eight bytes in a cell, two cache lines: the worker writes to the first, the parent to the other.
 CELL_WORDS = 16
-STARTED, BUSY, INITIALIZING, LOGGED, HEAD = range(5)
+STARTED, BUSY, LOGGED, HEAD = range(4)
 TAKEN_FROM, TAKEN_TO, TAIL, ANSWERED = range(8, 12)
 #: The first word of the cell behind all others: whether the parent's thread sleeps, or is about to.
 ASLEEP = 0
@@ -144,7 +144,6 @@ def _initialize_and_serve(
     try:
         if setup.initializer is not None:
             function, args = setup.initializer
-            cell[INITIALIZING] = 1
             try:
                 function(*args)
             except BaseException as error:
@@ -185,8 +184,16 @@ def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, enough: floa
     number = 0
     while True:
         incoming: Incoming | None = tasks._take(True, None)
-        if incoming == _call.END_FRAME:
-            return
+        if isinstance(incoming, bytes) and incoming.startswith(_call.ORDER):
+            total = _call.ordered(incoming)
+            if total < 0:
+                return
+            # A signal's handler has interrupted the parent as it sent tasks: those that it counts and that have not
+            # come never will.
+            for missing in range(number, total):
+                outbox.send(missing, _call.SKIPPED_FRAME)
+            number = max(number, total)
+            continue
         cell[STARTED] = number + 1
         # Told before asked: the parent asks after it has told.
         _ring.fence()

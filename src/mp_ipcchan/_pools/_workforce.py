@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from multiprocessing import pool as stdlib
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from .._interrupt import raised_by_handler
 from . import _call, _outcome
 from ._engine import Engine
 from ._executor import ProcessPoolExecutor, _Submits
@@ -90,6 +90,8 @@ class OwnWorkers:
         try:
             self.engine.submit(Task(function, args, options, self._timeout, self._retries, ticket))
         except Exception as error:
+            if raised_by_handler(error):
+                raise
             # It can't be pickled, or the pool is broken or at its end.
             ticket.set_exception(error)
 
@@ -160,8 +162,8 @@ class ForeignWorkers:
                 self._binds = initializer, initargs
         self._serial = Serial()
         self._close = close
+        #: Those that have not ended.
         self._futures: set[Future[Any]] = set()
-        self._settled = threading.Condition()
 
     def portable(self, function: Callable[..., Any]) -> Any:
         # What goes as bytes goes by value where it must.
@@ -182,6 +184,8 @@ class ForeignWorkers:
             else:
                 future = self._executor.submit(function, *args, **options)
         except Exception as error:
+            if raised_by_handler(error):
+                raise
             settle(False, error)
             return
         self._futures.add(future)
@@ -209,9 +213,7 @@ class ForeignWorkers:
                 succeeded, outcome = False, error
             settle(succeeded, outcome)
         finally:
-            with self._settled:
-                self._futures.discard(future)
-                self._settled.notify_all()
+            self._futures.discard(future)
 
     def window(self) -> int:
         return 2
@@ -229,8 +231,8 @@ class ForeignWorkers:
 
     def join(self) -> None:
         """Wait for what was submitted."""
-        with self._settled:
-            self._settled.wait_for(lambda: not self._futures)
+        # For their end, not until they are taken out: a signal's handler may have prevented that.
+        wait(list(self._futures))
         self._leave()
 
     def terminate(self) -> None:
