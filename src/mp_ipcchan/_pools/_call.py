@@ -14,7 +14,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, TypeVar
 
 from .. import _codec
-from .._message import PACKET_SIZE, PLAIN, PLAIN_SIZE, Incoming, Message, Outgoing, Parcel
+from .._message import PACKET_SIZE, PLAIN, PLAIN_SIZE, Incoming, Outgoing, Parcel
 from . import _variables
 
 #: How a task ended. The rest of the outcome: the result; or the traceback's text and the pickled exception.
@@ -41,6 +41,9 @@ def runner(function: R) -> R:
 
 #: Pickle's codes for "a pair of the last two", and the end.
 _PAIR = b"\x86."
+#: Of functions that went by their names: module and name, and what a frame begins with.
+_heads: dict[Callable[..., Any], tuple[str, str, bytes]] = {}
+_MOST_HEADS = 256
 
 
 class ByValue:
@@ -103,19 +106,29 @@ def _encode(function: Callable[..., Any], rest: Any) -> Outgoing:
     For each function it pickles, pickle looks whether its name leads to it; so does this, but faster.
     """
     if function.__class__ is FunctionType or function.__class__ is BuiltinFunctionType:
-        module, name = function.__module__, function.__qualname__
+        module, name, head = _heads.get(function) or (function.__module__, function.__qualname__, b"")
         found = sys.modules.get(module)
         if found is not None and found.__dict__.get(name) is function:
+            head = head or _keep_head(function)
             item = _codec.encode(rest)
-            begin = b"\x80\x05c%b\n%b\n" % (module.encode(), name.encode())
-            if isinstance(item, Message):
+            if isinstance(item, bytes):
+                frame = head + item[PLAIN_SIZE:-1] + _PAIR
+                if len(frame) <= PACKET_SIZE:
+                    return frame
+            else:
                 *pieces, last = item.body
-                item.body = [begin, *pieces, bytes(last)[:-1] + _PAIR]
+                item.body = [head[PLAIN_SIZE:], *pieces, bytes(last)[:-1] + _PAIR]
                 return item
-            frame = b"%b%b%b%b" % (PLAIN, begin, item[PLAIN_SIZE:-1], _PAIR)
-            if len(frame) <= PACKET_SIZE:
-                return frame
     return _codec.encode((function, rest))
+
+
+def _keep_head(function: Callable[..., Any]) -> bytes:
+    module, name = function.__module__, function.__qualname__
+    head = b"%b\x80\x05c%b\n%b\n" % (PLAIN, module.encode(), name.encode())
+    if len(_heads) >= _MOST_HEADS:
+        _heads.clear()
+    _heads[function] = module, name, head
+    return head
 
 
 def decode(incoming: Incoming) -> Any:
