@@ -241,16 +241,21 @@ class Inlet:
 
         Whether there is more to wait for: no packet, and not the deadline.
         """
-        if not _segment_pool.is_empty() or not self.segments.is_empty:
+        if self.keeps_memory:
             ends = time.monotonic() + _segment_pool.IDLE_AFTER
             if deadline is not None and deadline <= ends:
                 return True
             if self._await(ends):
                 return False
-            self._give_back()
+            self.give_back()
         return True
 
-    def _give_back(self) -> None:
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether this process keeps segments, or mappings of those that came here."""
+        return not _segment_pool.is_empty() or not self.segments.is_empty
+
+    def give_back(self) -> None:
         """Nothing has come for a while: let go of memory that wasn't used for long."""
         now = time.monotonic()
         self.segments.give_back(now - _segment_pool.IDLE_AFTER)
@@ -330,7 +335,7 @@ class Inlet:
             return True
         if not self._rest(deadline) or self._await(deadline):
             return True
-        self._give_back()
+        self.give_back()
         return False
 
     def _await(self, deadline: float | None) -> bool:

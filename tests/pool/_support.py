@@ -5,7 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+ROOT = Path(__file__).parents[2]
+#: For what doesn't depend on how workers start.
+FORK: Any = multiprocessing.get_context("ipcchan_fork")
 #: How long (seconds) anything may take that ends by itself.
 LIMIT = 30.0
 

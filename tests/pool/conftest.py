@@ -10,6 +10,8 @@ import pytest
 
 from mp_ipcchan import ProcessPoolExecutor
 
+from ._support import FORK
+
 
 @pytest.fixture
 def context(start_method: str) -> Any:
@@ -25,5 +27,5 @@ def executor(context: Any) -> Iterator[ProcessPoolExecutor]:
 @pytest.fixture
 def forked() -> Iterator[ProcessPoolExecutor]:
     """For what doesn't depend on how workers start."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("ipcchan_fork")) as made:
+    with ProcessPoolExecutor(2, mp_context=FORK) as made:
         yield made

@@ -17,7 +17,7 @@ import pytest
 from mp_ipcchan import Future, ProcessPoolExecutor, TaskTimeoutError, channel
 
 from . import _tasks as tasks
-from ._support import LIMIT, eventually, runs
+from ._support import FORK, LIMIT, eventually, runs
 
 
 def _train(executor: ProcessPoolExecutor) -> None:
@@ -46,7 +46,7 @@ def test_callbacks_and_waiters_hear_of_it(forked: ProcessPoolExecutor) -> None:
 
 def test_those_behind_a_cancelled_one_run_once(tmp_path: Path) -> None:
     """Tasks that wait with the worker of the one that is stopped are run elsewhere, none twice."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         for _ in range(3):
             _train(executor)
             tx, rx = channel()
@@ -59,7 +59,7 @@ def test_those_behind_a_cancelled_one_run_once(tmp_path: Path) -> None:
 
 
 def test_one_that_waits_behind_another_is_never_begun(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         _train(executor)
         pid = executor.submit(os.getpid).result(LIMIT)
         tx, rx = channel()
@@ -81,7 +81,7 @@ def test_cancelling_at_random_hurts_nobody_else() -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     dice = random.Random(seed)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("ipcchan_fork")) as executor:
+    with ProcessPoolExecutor(2, FORK) as executor:
         futures = [executor.submit(tasks.sleep, dice.choice([0, 0, 0.002]), x) for x in range(600)]
         victims = dice.sample(range(600), 60)
         cancelled = set()
@@ -98,7 +98,7 @@ def test_cancelling_at_random_hurts_nobody_else() -> None:
 
 def test_endpoints_of_those_behind_are_not_lost() -> None:
     """A receiver moves with its task, which therefore waits behind none that may be stopped."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         _train(executor)
         tx, rx = channel()
         inner_tx, inner_rx = channel()
@@ -174,7 +174,7 @@ def test_options_are_a_view(forked: ProcessPoolExecutor) -> None:
         assert [type(one).__name__ for one in entered.stats()] == ["WorkerStats"] * len(forked.stats())
     with pytest.raises(RuntimeError, match="after shutdown"):
         forked.submit(tasks.square, 1)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as other:
+    with ProcessPoolExecutor(1, FORK) as other:
         running = other.submit(tasks.sleep, 60.0)
         other.options(retries=1).kill_workers()
         assert running.exception(LIMIT)

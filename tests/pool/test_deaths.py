@@ -25,9 +25,7 @@ from mp_ipcchan._pools._resident import OutOfMemoryKills, readable
 
 from ..conformance._support import InThread
 from . import _tasks as tasks
-from ._support import LIMIT, eventually, runs, workers
-
-ROOT = Path(__file__).parents[2]
+from ._support import FORK, LIMIT, ROOT, eventually, runs, workers
 
 
 def _dice() -> random.Random:
@@ -186,7 +184,7 @@ def test_death_in_the_initializer(start_method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_that_dies_loses_one_of_those_it_was_given(workers: int) -> None:
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("ipcchan_fork")) as executor:
+    with ProcessPoolExecutor(workers, FORK) as executor:
         # Short ones first, so that many are given at a time.
         for future in [executor.submit(tasks.square, x) for x in range(500)]:
             future.result(LIMIT)
@@ -199,8 +197,7 @@ def test_a_worker_that_dies_loses_one_of_those_it_was_given(workers: int) -> Non
 
 
 def test_death_while_being_recycled(forked: ProcessPoolExecutor) -> None:
-    context: Any = multiprocessing.get_context("ipcchan_fork")
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as executor:
+    with ProcessPoolExecutor(2, FORK, max_tasks_per_child=1) as executor:
         futures = [executor.submit(os.getpid) for _ in range(40)]
         for future in futures[:20]:
             try:
@@ -223,14 +220,13 @@ def test_poison_ends(forked: ProcessPoolExecutor) -> None:
 
 def test_pool_whose_workers_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """What starting the first one raises, ``submit`` raises; later it breaks the pool."""
-    context: Any = multiprocessing.get_context("ipcchan_fork")
-    with ProcessPoolExecutor(1, context) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         pid = executor.submit(os.getpid).result(LIMIT)
 
         def refuse(_: object) -> None:
             raise BlockingIOError(11, "no more processes")
 
-        monkeypatch.setattr(context.Process, "start", refuse)
+        monkeypatch.setattr(FORK.Process, "start", refuse)
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: not executor.stats())
         with pytest.raises((BrokenProcessPool, BlockingIOError), match="no more processes"):
@@ -337,19 +333,17 @@ def test_memory_of_a_running_task(context: Any) -> None:
 
 def test_memory_that_is_kept_between_tasks() -> None:
     """The worker is replaced, and no task is the worse for it."""
-    context: Any = multiprocessing.get_context("ipcchan_fork")
     from mp_ipcchan._pools._resident import resident
 
-    with ProcessPoolExecutor(1, context) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         size = executor.submit(resident).result(LIMIT)
-    with ProcessPoolExecutor(1, context, max_memory_per_child=size + (200 << 20)) as executor:
+    with ProcessPoolExecutor(1, FORK, max_memory_per_child=size + (200 << 20)) as executor:
         pids = [executor.submit(tasks.leak, 40).result(LIMIT) for _ in range(9)]
     assert len(set(pids)) == 3
 
 
 def test_limit_below_what_a_worker_begins_with(capfd: pytest.CaptureFixture[str]) -> None:
-    context: Any = multiprocessing.get_context("ipcchan_fork")
-    with ProcessPoolExecutor(1, context, max_memory_per_child=1 << 20) as executor:
+    with ProcessPoolExecutor(1, FORK, max_memory_per_child=1 << 20) as executor:
         with pytest.raises(BrokenProcessPool, match="before its first task"):
             executor.submit(tasks.square, 1).result(LIMIT)
     assert not capfd.readouterr().err
@@ -385,8 +379,7 @@ def test_no_orphans_while_a_task_holds_the_interpreter(start_method: str) -> Non
 
 def test_task_whose_child_comes_back() -> None:
     """A process that a task forked and that raises, or returns, is no worker: it ends, and answers nobody."""
-    context: Any = multiprocessing.get_context("ipcchan_fork")
-    with ProcessPoolExecutor(1, context) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         for way in (tasks.fork_and_fail, tasks.fork_and_return):
             futures = [executor.submit(way), *[executor.submit(tasks.square, x) for x in range(8)]]
             assert [future.result(LIMIT) for future in futures] == ["parent", *[x * x for x in range(8)]]

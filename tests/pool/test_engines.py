@@ -23,11 +23,10 @@ import pytest
 from mp_ipcchan import ProcessPoolExecutor, TaskTimeoutError, WorkerLostError
 
 from . import _tasks as tasks
+from ._support import FORK, ROOT, eventually
 
 LIMIT = 60.0
-ROOT = Path(__file__).parents[2]
 TOUR = ROOT / "examples" / "pool_tour.py"
-FORK: Any = multiprocessing.get_context("ipcchan_fork")
 
 
 @pytest.fixture(params=[ThreadPoolExecutor, StdlibExecutor, ProcessPoolExecutor])
@@ -61,7 +60,7 @@ def test_results(pool: Any) -> None:
 def test_stats(pool: Any, engine: Executor) -> None:
     """Of workers of ours; nothing is known of others'."""
     pool.map(tasks.square, range(10))
-    assert [one.state for one in pool.stats()] == ["idle"] * len(pool.stats())
+    assert eventually(lambda: all(one.state == "idle" for one in pool.stats()))
     assert bool(pool.stats()) == isinstance(engine, ProcessPoolExecutor)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import multiprocessing
 import os
 import pickle
 import random
@@ -31,7 +30,7 @@ from mp_ipcchan import (
 )
 
 from . import _tasks as tasks
-from ._support import LIMIT, eventually, runs, workers
+from ._support import FORK, LIMIT, ROOT, eventually, runs, workers
 
 # -- results and failures --------------------------------------------------------------------
 
@@ -192,8 +191,7 @@ def test_no_orphans_when_the_parent_is_killed(start_method: str) -> None:
         "    print(*pids, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert pids
@@ -344,7 +342,7 @@ def test_workers_ended(executor: ProcessPoolExecutor, way: str) -> None:
 
 
 def test_forgotten_executor_ends() -> None:
-    executor = ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork"))
+    executor = ProcessPoolExecutor(1, FORK)
     future = executor.submit(tasks.square, 4)
     del executor
     assert future.result(LIMIT) == 16

@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ..conformance._support import InThread
 from . import _tasks as tasks
 from ._support import LIMIT
 
-_START = Crew._start_worker.__code__
+_STARTING = {Crew._start_worker.__code__, threading.Thread.start.__code__}
 #: How many interrupts a test waits for, and for how long (seconds) at most.
 ENOUGH, LONGEST = 60, 20.0
 
@@ -69,9 +70,9 @@ class _Interrupts:
 
     def __call__(self, _: int, frame: FrameType | None) -> None:
         while frame is not None:
-            if frame.f_code is _START:
-                # What the stdlib leaves behind there (logging's lock, by a hook of fork; a child that waits) isn't
-                # ours, and a descriptor may stay open.
+            if frame.f_code in _STARTING:
+                # What the stdlib leaves behind there (logging's lock, by a hook of fork; a child or thread that waits)
+                # isn't ours, and a descriptor may stay open.
                 return
             if frame.f_code in self._codes:
                 self.count += 1

@@ -12,21 +12,30 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor, WorkerStats, channel
+from mp_ipcchan._segments import _segment_pool
 
 from . import _tasks as tasks
-from ._support import LIMIT, eventually, runs, workers
+from ._support import FORK, LIMIT, ROOT, eventually, runs, workers
 
-ROOT = Path(__file__).parents[2]
+# -- what it keeps ---------------------------------------------------------------------------
 
 
-def _fork() -> Any:
-    return multiprocessing.get_context("ipcchan_fork")
+def test_an_idle_parent_gives_memory_back(forked: ProcessPoolExecutor) -> None:
+    """Segments of large tasks, and mappings of large results, are not kept while nothing is to be done."""
+    data = bytes(1 << 20)
+    for _ in range(4):
+        assert forked.submit(tasks.echo, data).result(LIMIT) == data
+    inlets = [worker.results._open_link().inlet for worker in forked._engine.workers.values()]
+    assert not _segment_pool.is_empty()
+    assert not all(inlet.segments.is_empty for inlet in inlets)
+    assert eventually(_segment_pool.is_empty)
+    assert all(inlet.segments.is_empty for inlet in inlets)
+    assert forked.submit(tasks.echo, data).result(LIMIT) == data
 
 
 # -- what it tells ---------------------------------------------------------------------------
@@ -103,7 +112,7 @@ def test_a_forked_child_that_lives_on_keeps_nobody_alive(start_method: str) -> N
 def test_a_task_that_uses_the_executor_it_runs_in() -> None:
     """Under fork it has inherited it: an error, not a wait without end."""
     global inherited
-    with ProcessPoolExecutor(1, _fork()) as inherited:
+    with ProcessPoolExecutor(1, FORK) as inherited:
         with pytest.raises(RuntimeError, match="forked child"):
             inherited.submit(_submit_to_inherited).result(LIMIT)
 
@@ -131,7 +140,7 @@ def test_nested(executor: ProcessPoolExecutor) -> None:
 
 
 def test_never_used() -> None:
-    executor = ProcessPoolExecutor(2, _fork())
+    executor = ProcessPoolExecutor(2, FORK)
     gone = weakref.ref(executor)
     del executor
     gc.collect()
@@ -139,7 +148,7 @@ def test_never_used() -> None:
 
 
 def test_forgotten_with_work_to_do() -> None:
-    executor = ProcessPoolExecutor(1, _fork())
+    executor = ProcessPoolExecutor(1, FORK)
     futures = [executor.submit(tasks.sleep, 0.02, x) for x in range(5)]
     gone = weakref.ref(executor)
     del executor

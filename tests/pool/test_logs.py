@@ -12,7 +12,6 @@ import threading
 import types
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,8 @@ from mp_ipcchan import ProcessPoolExecutor, channel
 from mp_ipcchan._pools import _variables
 
 from . import _tasks as tasks
-from ._support import LIMIT
+from ._support import FORK, LIMIT, ROOT
 
-ROOT = Path(__file__).parents[2]
 NAME = "tests.pool.quiet"
 
 
@@ -129,7 +127,7 @@ def test_warnings_reach_the_parent() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # Started here: a worker has the filters of its parent only if it is forked from it.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as forked:
+        with ProcessPoolExecutor(1, FORK) as forked:
             forked.submit(tasks.warn, "old").result(LIMIT)
         # From 3.12 on there is one of a fork beside a thread.
         (warned,) = [one for one in caught if str(one.message) == "old"]
@@ -184,7 +182,7 @@ def test_each_thread_has_its_own(forked: ProcessPoolExecutor) -> None:
 
 def test_a_forked_worker_has_none_of_whoever_started_it() -> None:
     token = tasks.request_id.set("the first")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("ipcchan_fork")) as executor:
+    with ProcessPoolExecutor(1, FORK) as executor:
         assert executor.submit(tasks.get_request_id).result(LIMIT) == "the first"
         tasks.request_id.reset(token)
         assert executor.submit(tasks.get_request_id).result(LIMIT) == "none"

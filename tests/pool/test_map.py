@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from mp_ipcchan import ProcessPoolExecutor, WorkerLostError
 
 from . import _tasks as tasks
-from ._support import LIMIT, eventually
+from ._support import FORK, LIMIT, eventually
 
 
 class Counting:
@@ -37,8 +37,20 @@ class Counting:
         return self.read - 1
 
 
-def _fork() -> Any:
-    return multiprocessing.get_context("ipcchan_fork")
+def test_only_the_caller_runs_its_iterators(forked: ProcessPoolExecutor) -> None:
+    """A list beside one is not worked off by the pool's thread, which would read both."""
+    readers: set[int] = set()
+
+    def numbers() -> Iterator[int]:
+        for x in range(3000):
+            readers.add(threading.get_ident())
+            yield x
+
+    results = forked.map(pow, [2] * 3000, numbers(), chunksize=1)
+    forked.submit(tasks.sleep, 0.05).result(LIMIT)
+    assert [next(results) for _ in range(100)] == [2**x for x in range(100)]
+    assert readers == {threading.get_ident()}
+    results.close()  # type: ignore[attr-defined]
 
 
 def test_read_ahead_is_bounded(forked: ProcessPoolExecutor) -> None:
@@ -53,7 +65,7 @@ def test_read_ahead_is_bounded(forked: ProcessPoolExecutor) -> None:
 @pytest.mark.parametrize("given", [range(300), list(range(300)), iter(range(300)), Counting(300)])
 def test_results_that_are_taken_after_the_end(given: Any) -> None:
     """As with the stdlib's: leaving the block runs all, and the results are there afterwards."""
-    with ProcessPoolExecutor(2, _fork()) as executor:
+    with ProcessPoolExecutor(2, FORK) as executor:
         results = executor.map(tasks.square, given)
     assert list(results) == [x * x for x in range(300)]
 
@@ -61,7 +73,7 @@ def test_results_that_are_taken_after_the_end(given: Any) -> None:
 @pytest.mark.parametrize("sized", [True, False])
 def test_results_that_nobody_takes(tmp_path: Path, sized: bool) -> None:
     names = [str(x) for x in range(60)]
-    with ProcessPoolExecutor(2, _fork()) as executor:
+    with ProcessPoolExecutor(2, FORK) as executor:
         executor.map(tasks.mark, [str(tmp_path)] * 60, names if sized else iter(names))
     assert len(list(tmp_path.iterdir())) == 60
 
@@ -73,7 +85,7 @@ def test_a_list_is_worked_off_before_anybody_looks(forked: ProcessPoolExecutor, 
 
 
 def test_partly_taken_when_the_executor_ends() -> None:
-    with ProcessPoolExecutor(2, _fork()) as executor:
+    with ProcessPoolExecutor(2, FORK) as executor:
         finite = executor.map(tasks.square, range(100))
         endless = executor.map(tasks.square, Counting())
         assert [next(finite), next(finite)] == [0, 1]
@@ -87,7 +99,7 @@ def test_partly_taken_when_the_executor_ends() -> None:
 
 @pytest.mark.parametrize("endless", [itertools.count(), itertools.cycle([1]), itertools.repeat(2)])
 def test_the_end_of_an_executor_does_not_wait_for_endless_input(endless: Any) -> None:
-    with ProcessPoolExecutor(2, _fork()) as executor:
+    with ProcessPoolExecutor(2, FORK) as executor:
         results = executor.map(tasks.square, endless)
     assert next(results) in (0, 1, 4)
 
@@ -154,7 +166,7 @@ def test_input_may_wait_for_results_of_the_same_executor(forked: ProcessPoolExec
 
 
 def test_after_shutdown() -> None:
-    executor = ProcessPoolExecutor(1, _fork())
+    executor = ProcessPoolExecutor(1, FORK)
     executor.shutdown()
     with pytest.raises(RuntimeError, match="after shutdown"):
         executor.map(tasks.square, [1])

@@ -27,9 +27,7 @@ from mp_ipcchan import Pool, SerializationError, TaskTimeoutError, WorkerLostErr
 
 from ..conformance._support import InThread
 from . import _tasks as tasks
-from ._support import LIMIT, eventually, runs
-
-FORK: Any = multiprocessing.get_context("ipcchan_fork")
+from ._support import FORK, LIMIT, ROOT, eventually, runs
 
 
 @pytest.fixture
@@ -150,9 +148,8 @@ def test_interrupt_of_the_process_group(start_method: str) -> None:
         "        print(*pids, flush=True)\n"
         "        pool.map(time.sleep, [60] * 4)\n"
     )
-    root = Path(__file__).parents[2]
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         start_new_session=True,
     ) as parent:  # fmt: skip
         assert parent.stdout
@@ -178,8 +175,7 @@ def test_no_orphans_when_the_parent_is_killed(start_method: str) -> None:
         "    print(*pids, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert pids

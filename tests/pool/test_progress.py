@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +11,9 @@ import pytest
 from mp_ipcchan import ProcessPoolExecutor
 
 from . import _tasks as tasks
+from ._support import FORK
 
 tqdm = pytest.importorskip("tqdm")
-
-FORK: Any = multiprocessing.get_context("ipcchan_fork")
 
 
 @pytest.fixture

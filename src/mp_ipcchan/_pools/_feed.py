@@ -10,7 +10,6 @@ which all chunks were given away; what may have been given away beyond it is as 
 
 from __future__ import annotations
 
-import _thread
 import threading
 import time
 from collections import deque
@@ -73,8 +72,7 @@ class Feed:
             self.advance()
         else:
             self._bell = threading.Lock()
-            # Not by ``threading.Thread``, which waits until it runs, in Python code that Ctrl-C may break.
-            _thread.start_new_thread(self._read_all, ())
+            threading.Thread(target=self._read_all, name="mp_ipcchan-input", daemon=True).start()
 
     def read_here(self) -> None:
         """Read everything in this thread, as there is room."""

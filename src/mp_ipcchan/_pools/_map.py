@@ -19,11 +19,12 @@ from typing import Any
 
 from .._deadline import remaining
 from ._chunk import ChunkSize
+from ._feed import at_hand
 
 #: This many chunks a worker are on their way, so that none is without.
 _CHUNKS_AHEAD = 4
-#: Reading these runs no code of the user's, and ends.
-_PLAIN = (list, tuple, range, set, frozenset, dict, str, bytes, bytearray)
+#: These go with what is at hand: reading them runs no code of the user's.
+_REPEATING = (itertools.count, itertools.repeat)
 #: These don't end, or are not known to.
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 
@@ -56,7 +57,11 @@ class Mapping:
         self._failure: Exception | None = None
         self._begun = False
         self._lock = threading.RLock()
-        self._plain = buffersize is None and any(isinstance(one, _PLAIN) for one in iterables)
+        self._plain = (
+            buffersize is None
+            and any(map(at_hand, iterables))
+            and all(at_hand(one) or isinstance(one, _REPEATING) for one in iterables)
+        )
         sized = any(isinstance(one, Sized) for one in iterables)
         self._finite = sized and buffersize is None
         self._may_be_read = buffersize is None and (sized or not all(isinstance(one, _ENDLESS) for one in iterables))

@@ -193,6 +193,15 @@ class Member:
         """Whether there is something to receive that nothing wakes for."""
         return bool(self._ring)
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether this process keeps memory of large tasks or results, for those that may follow."""
+        return self.results._open_link().inlet.keeps_memory
+
+    def give_back(self) -> None:
+        """Nothing has come for a while: let go of memory that wasn't used for long."""
+        self.results._open_link().inlet.give_back()
+
     # -- the cell ----------------------------------------------------------------------------
 
     @property
