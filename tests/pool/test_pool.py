@@ -245,6 +245,7 @@ def test_it_is_a_pool_of_the_stdlib_and_ours(forked: Any) -> None:
     workers = {child.pid for child in multiprocessing.active_children()}
     assert {worker.pid for worker in forked._pool} <= workers
     assert not any(worker.daemon for worker in forked._pool)
+    assert all(worker.name.startswith("ForkPoolWorker-") for worker in forked._pool)
     with pytest.raises(NotImplementedError, match="cannot be passed between processes"):
         pickle.dumps(forked)
 

@@ -52,6 +52,9 @@ _OUT_OF_MEMORY: Final = "by the kernel, for want of memory: the control group's 
 class Crew:
     """``size`` workers at most."""
 
+    #: What the names of workers have in place of "Process".
+    _kind = "Process"
+
     def __init__(self, context: Any, size: int, setup: Setup, max_tasks: int | None) -> None:
         self._context = context
         self._size = size
@@ -110,7 +113,7 @@ class Crew:
             # Duplicates: a forked child closes what is the pool's own.
             with Fd(commons.cells_fd) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
                 shared = (cells, self._size, lifeline, logs, levels, self._setup)
-                worker = Member.start(self._context, commons.cells, slot, *shared)
+                worker = Member.start(self._context, self._kind, commons.cells, slot, *shared)
         except BaseException:
             # Nothing has changed. A process that was started all the same finds its channels closed, and ends.
             self._torn = torn

@@ -43,11 +43,13 @@ class Engine(Hearing):
         remote_traceback: Callable[[Any], BaseException],
         unsendable: _outcome.Unsendable | None = None,
         finishes: bool = True,
+        kind: str = "Process",
     ) -> None:
         initial = (initializer, initargs) if initializer is not None else None
         super().__init__(context, size, Setup(initial, max_memory), max_tasks, remote_traceback, unsendable)
         #: Whether tasks are done, or else dropped, when the interpreter ends.
         self.finishes = finishes
+        self._kind = kind
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self.mappings = Mappings()

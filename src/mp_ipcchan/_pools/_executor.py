@@ -117,7 +117,8 @@ class _Submits(Executor):
         """This executor with options for what is submitted through the view that is returned.
 
         ``timeout``: seconds after which a task that runs is stopped, and fails with ``TaskTimeoutError``.
-        ``retries``: how often a task whose worker died is run again before it fails with ``WorkerLostError``.
+        ``retries``: how often a task whose worker died is run again before it fails with ``WorkerLostError``. What
+        raises, or runs out of time, is not run again.
         """
         if operator.index(retries) < 0:
             raise ValueError(f"retries must not be negative: {retries}")

@@ -73,14 +73,18 @@ class Member:
         self.fault: BaseException | None = None
 
     @classmethod
-    def start(cls, context: Any, cells: Cells, slot: int, *args: Any) -> Member:
-        """Start a worker; ``args`` are what ``work`` takes behind the slot. Raises what starting a process raises."""
+    def start(cls, context: Any, kind: str, cells: Cells, slot: int, *args: Any) -> Member:
+        """Start a worker; ``args`` are what ``work`` takes behind the slot. Raises what starting a process raises.
+
+        ``kind``: what its name has in place of "Process".
+        """
         cell = cells.cell(slot)
         for word in range(len(cell)):
             cell[word] = 0
         tasks_tx, tasks_rx = channel()
         results_tx, results_rx = channel()
         process = context.Process(target=work, args=(tasks_rx, results_tx, slot, *args))
+        process.name = process.name.replace("Process", kind)
         try:
             with results_tx, tasks_rx, interrupts_held_back(context.get_start_method()):
                 process.start()

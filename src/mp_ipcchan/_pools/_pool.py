@@ -37,9 +37,10 @@ class Pool(stdlib.Pool):
 
     ``processes``: by default as many as there are CPUs to use. ``maxtasksperchild``: tasks (with chunks: chunks)
     that a worker runs before it is replaced. ``task_timeout``: seconds after which a task that runs is stopped and
-    fails with ``TaskTimeoutError``. ``retries``: how often a task whose worker died is run again. ``engine``: an
-    executor that runs the tasks instead, and outlives the pool. Without it, the environment variable
-    ``MP_IPCCHAN_ENGINE`` may name one (``dask://host:port``); ``maxtasksperchild`` then has no meaning.
+    fails with ``TaskTimeoutError``. ``retries``: how often a task whose worker died is run again; what raises, or runs
+    out of time, is not. ``engine``: an executor that runs the tasks instead, and outlives the pool. Without it, the
+    environment variable ``MP_IPCCHAN_ENGINE`` may name one (``dask://host:port``); ``maxtasksperchild`` then has no
+    meaning.
     """
 
     _pool: list[Any] = property(lambda self: self._workers())  # type: ignore[assignment]

@@ -76,6 +76,7 @@ class OwnWorkers:
             remote_traceback=remote_traceback,
             unsendable=unsendable,
             finishes=False,
+            kind="PoolWorker",
         )
         self.revive = self.engine.revive
         self.portable = _call.portable
