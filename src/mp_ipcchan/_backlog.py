@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import accumulate, islice, repeat, starmap, takewhile
+from typing import ClassVar
 
 from . import _drainer
 from ._deadline import deadline_in, remaining, wait_for
@@ -66,6 +67,10 @@ class Backlog:
         "send_raw",
     )
 
+    #: Whether a sender may append to what waits without the lock: whoever removes something looks again, so it is sent.
+    #: Not where several messages go into the backlog one after the other, and none may come between.
+    open_ended: ClassVar[bool] = True
+
     def __init__(self, sock: socket.socket, emptied: Callable[[], None]) -> None:
         self._sock = sock
         self.send_raw: Callable[[bytes, int], int] = sock.send
@@ -94,8 +99,7 @@ class Backlog:
         self.segments: SegmentPool = SegmentPool()
         #: Called with the number of messages that have left the backlog, sent or dropped.
         self.delivered: Callable[[int], None] | None = None
-        #: Held while the backlog changes, but for being appended to where something waits already: whoever removes
-        #: something looks again. Reentrant: a signal's handler may send, too.
+        #: Held while the backlog changes, but see ``open_ended``. Reentrant: a signal's handler may send, too.
         self.lock: threading.RLock = threading.RLock()
 
     def fileno(self) -> int:

@@ -69,7 +69,7 @@ class SenderBase(Endpoint, Generic[T_contra]):
                         outlet.send_raw(item, SEND_FLAGS)
                     except BlockingIOError:
                         outlet.send(item)
-                elif size < outlet.room:
+                elif size < outlet.room and outlet.open_ended:
                     # Somebody is about to send what waits, and will find this behind it: nothing has been called
                     # since it was seen to wait, so no other thread has taken it away meanwhile.
                     outlet.room -= size

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import select
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -672,3 +673,38 @@ def test_mux_that_is_in_use_stays(ends: tuple[Mux, Mux]) -> None:
         assert far.rx.recv(LIMIT) == 1
     tx.close()
     rx.close()
+
+
+@pytest.fixture
+def threads_come_between() -> Iterator[None]:
+    """They do so in each other's steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_come_between")
+def test_sent_while_the_receiver_moves(ends: tuple[Mux, Mux]) -> None:
+    """What had waited in it goes ahead of what is sent meanwhile, though it goes message by message."""
+    left, right = ends
+
+    def receive_the_end() -> Receiver[int]:
+        for message in right.rx:
+            if message is not None:
+                return message
+        raise AssertionError
+
+    for _ in range(20):
+        tx, rx = left.channel()
+        # More than the other side takes before it reads: so the receiver leaves later, by another thread.
+        for _ in range(1000):
+            left.tx.send(None)
+        left.tx.send(rx)
+        receiving = InThread(receive_the_end)
+        for number in range(2000):
+            tx.send(number)
+        there = receiving.result()
+        assert [there.recv(LIMIT) for _ in range(2000)] == [*range(2000)]
+        tx.close()
+        there.close()

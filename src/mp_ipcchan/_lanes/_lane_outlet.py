@@ -34,6 +34,9 @@ class LaneOutlet(Outlet):
 
     __slots__ = ("_gate", "_trailer", "allowed", "gone", "head", "link", "passed", "stream", "trunk")
 
+    #: What has waited in a head that moves is appended at one go.
+    open_ended = False
+
     def __init__(self, emptied: Callable[[], None]) -> None:
         self._begin(emptied)
         self.lock = _switchboard.lock
