@@ -28,11 +28,13 @@ _CANCELLED = frozenset((_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED))
 _young = threading.RLock()
 
 
-class _Condition(threading.Condition):
-    """One that costs a third of the stdlib's, and whose lock is taken and released in C.
+class _Condition:
+    """A ``threading.Condition`` that costs a third, and whose lock is taken and released in C.
 
     The stdlib's is entered in Python code: Ctrl-C there leaves its lock held, and the pool's thread would wait for it.
     """
+
+    __slots__ = ("_lock", "_waiters")
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -45,10 +47,12 @@ class _Condition(threading.Condition):
     _is_owned: Any = property(operator.attrgetter("_lock._is_owned"))
     _release_save: Any = property(operator.attrgetter("_lock._release_save"))
     _acquire_restore: Any = property(operator.attrgetter("_lock._acquire_restore"))
+    wait: Any = threading.Condition.wait
+    notify: Any = threading.Condition.notify
 
     def notify_all(self) -> None:
         if self._waiters:
-            super().notify_all()
+            self.notify(len(self._waiters))
 
 
 class _Ended:
@@ -69,7 +73,7 @@ class _Ended:
     notify_all = release
 
 
-_ended: Any = _Ended()
+_ended = _Ended()
 
 
 class Future(StdlibFuture[T], Generic[T]):
@@ -79,7 +83,7 @@ class Future(StdlibFuture[T], Generic[T]):
     _state = _futures.PENDING
     _result: Any = None
     _exception: BaseException | None = None
-    _late_condition: threading.Condition | None = None
+    _late_condition: _Condition | None = None
     _late_waiters: list[Any] | None = None
     _late_callbacks: list[Any] | None = None
     #: Called with the task when it is cancelled: takes it out of the queue, or ends the worker that runs it.
@@ -90,12 +94,11 @@ class Future(StdlibFuture[T], Generic[T]):
         pass
 
     @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]
+    def _condition(self) -> Any:  # type: ignore[override]
         condition = self._late_condition
         if condition is None:
             if self._state in _ENDED:
-                ended: threading.Condition = _ended
-                return ended
+                return _ended
             with _young:
                 condition = self._late_condition
                 if condition is None:
@@ -159,12 +162,23 @@ class Future(StdlibFuture[T], Generic[T]):
     def set_result(self, result: T) -> None:
         """End with a result. For executors and tests."""
         with _young:
-            young = self._late_condition is None and self._state not in _ENDED
-            if young:
+            condition = self._late_condition
+            if condition is None and self._state not in _ENDED:
                 self._result = result
                 self._state = _futures.FINISHED
-        if not young:
-            super().set_result(result)
+                return
+        if condition is None:
+            super().set_result(result)  # which says what is wrong
+            return
+        with condition:
+            if self._state in _ENDED:
+                raise _futures.InvalidStateError(f"{self._state}: {self!r}")
+            self._result = result
+            self._state = _futures.FINISHED
+            for waiter in self._late_waiters or ():
+                waiter.add_result(self)
+            condition.notify_all()
+        self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
         if self._late_callbacks is not None:
@@ -173,11 +187,11 @@ class Future(StdlibFuture[T], Generic[T]):
     def _begin(self) -> None:
         """It was given to a worker, perhaps not for the first time."""
         with _young:
-            young = self._late_condition is None
-            if young and self._state == _futures.PENDING:
+            condition = self._late_condition
+            if condition is None and self._state == _futures.PENDING:
                 self._state = _futures.RUNNING
-        if not young:
-            with self._condition:
+        if condition is not None:
+            with condition:
                 if self._state == _futures.PENDING:
                     self._state = _futures.RUNNING
 
