@@ -160,6 +160,28 @@ def test_deaths_of_those_who_start(start_method: str, initializing: bool, tmp_pa
         assert future.result(LIMIT) == 9
 
 
+@pytest.mark.parametrize("make", [lambda: ProcessPoolExecutor(1, FORK), lambda: FORK.Pool(1)], ids=["executor", "pool"])
+def test_deaths_of_those_who_are_not_started_yet(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under spawn, who starts a process writes to it, and finds nobody there where that was killed."""
+    left = iter(range(5))
+    start = type(FORK).Process.start
+
+    def start_late(self: Any) -> None:
+        if next(left, None) is not None:
+            raise BrokenPipeError(32, "nobody reads")
+        start(self)
+
+    monkeypatch.setattr(type(FORK).Process, "start", start_late)
+    with make() as pool:
+        if isinstance(pool, ProcessPoolExecutor):
+            assert pool.submit(tasks.square, 3).result(LIMIT) == 9
+        else:
+            assert pool.apply_async(tasks.square, (3,)).get(LIMIT) == 9
+    if not isinstance(pool, ProcessPoolExecutor):
+        pool.join()
+    assert next(left, None) is None
+
+
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 @pytest.mark.parametrize("way", [tasks.die, tasks.leave])
 def test_workers_that_always_die_in_their_initializer(

@@ -104,6 +104,7 @@ class Crew:
         return found
 
     def _start_worker(self) -> None:
+        """Start a worker; or see to it that one is started later, where this one was killed at once."""
         commons = self._commons
         assert commons is not None
         slot = commons.free_slots[-1]
@@ -114,9 +115,12 @@ class Crew:
             with Fd(commons.cells_fd) as cells, commons.lifeline.end() as lifeline, commons.logs_sender.clone() as logs:
                 shared = (cells, self._size, lifeline, logs, levels, self._setup)
                 worker = Member.start(self._context, self._kind, commons.cells, slot, *shared)
-        except BaseException:
+        except BaseException as error:
             # Nothing has changed. A process that was started all the same finds its channels closed, and ends.
             self._torn = torn
+            if isinstance(error, _KILLED_AT_ONCE) and not raised_by_handler(error):
+                self._note_false_start(-signal.SIGKILL)
+                return
             raise
         worker.levels = levels
         commons.free_slots.pop()
@@ -146,8 +150,6 @@ class Crew:
             return
         try:
             self._start_worker()
-        except _KILLED_AT_ONCE:
-            self._note_false_start(-signal.SIGKILL)
         except Exception as error:
             if raised_by_handler(error) or (not self.workers and pending and pending[-1] is task):
                 raise
@@ -167,8 +169,6 @@ class Crew:
             self._missing -= 1
             try:
                 self._start_worker()
-            except _KILLED_AT_ONCE:
-                self._note_false_start(-signal.SIGKILL)
             except Exception as error:
                 self._start_again_later()
                 if not self.workers:
