@@ -33,8 +33,8 @@ from ._worker import Setup
 #: How many workers in a row may end by themselves before they are ready; then the pool is broken.
 _MOST_FALSE_STARTS = 4
 #: How many may be killed. That may be somebody else's doing, who stops some time; so the next one is started after a
-#: pause, which grows (seconds). With the longest ones it takes a quarter of a minute to be sure.
-_MOST_KILLED_STARTS, _FIRST_PAUSE, _LONGEST_PAUSE = 20, 0.01, 1.0
+#: pause, which grows (seconds): it takes some five to be sure.
+_MOST_KILLED_STARTS, _FIRST_PAUSE, _LONGEST_PAUSE = 12, 0.01, 1.0
 #: What a worker dies of that is killed by somebody else, or by its own code that nobody can tell from that.
 _KILLS = (-signal.SIGKILL, -signal.SIGTERM)
 #: A task that waits behind another for longer than this (seconds) is given to an idle worker instead.
