@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import closing
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_full_carrier_says_so() -> None:
 def test_last_packet_does_not_wait() -> None:
     """Even where the socket is full up to the raised limit."""
     sending, receiving = make_pair(1 << 22)
-    with sending, receiving:
+    with closing(sending), closing(receiving):
         with pytest.raises(BlockingIOError):
             while True:
                 sending.send(PLAIN, SEND_FLAGS)
