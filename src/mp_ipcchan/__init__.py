@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from . import _reduction, _typed_fields  # noqa: F401  (they register our types: with the stdlib's pickling, and ours)
 from ._channel import bytes_channel, channel
 from ._connection import Connection, Pipe
-from ._context import install, uninstall
+from ._context import Context, get_context, install, uninstall
 from ._fd import Fd
 from ._opaque import OpaqueReceiver, OpaqueSender
 from ._queues._queue import JoinableQueue, Queue, SimpleQueue
@@ -95,6 +95,7 @@ __all__ = [
     "BytesSender",
     "ChannelClosed",
     "Connection",
+    "Context",
     "Disconnected",
     "Empty",
     "EndpointClosed",
@@ -134,6 +135,7 @@ __all__ = [
     "bytes_channel",
     "channel",
     "connect",
+    "get_context",
     "get_reusable_executor",
     "install",
     "peer_of",

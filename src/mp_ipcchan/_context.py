@@ -16,6 +16,8 @@ import multiprocessing
 from collections.abc import Callable, Iterable
 from multiprocessing import context as stdlib
 from multiprocessing import spawn
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import _connection
@@ -31,18 +33,24 @@ if TYPE_CHECKING:
 FACTORIES = ("Queue", "JoinableQueue", "SimpleQueue", "Pipe", "Pool")
 
 
-class _Factories:
-    """What our contexts make themselves."""
+class Context(BaseContext):
+    """A context of ours: the whole of a stock one, with queues, pipes and pools of this package.
 
-    def Queue(self, maxsize: int = 0) -> _queue.Queue[Any]:
+    ``get_context`` gives one; so does ``multiprocessing.get_context("ipcchan")``, of which type checkers know less.
+    """
+
+    #: Starts processes in the way of this context.
+    Process: ClassVar[type[BaseProcess]]
+
+    def Queue(self, maxsize: int = 0) -> _queue.Queue[Any]:  # type: ignore[override]
         """A queue; see ``mp_ipcchan.Queue``."""
         return _queue.Queue(maxsize)
 
-    def JoinableQueue(self, maxsize: int = 0) -> _queue.JoinableQueue[Any]:
+    def JoinableQueue(self, maxsize: int = 0) -> _queue.JoinableQueue[Any]:  # type: ignore[override]
         """A queue that counts tasks."""
         return _queue.JoinableQueue(maxsize)
 
-    def SimpleQueue(self) -> _queue.SimpleQueue[Any]:
+    def SimpleQueue(self) -> _queue.SimpleQueue[Any]:  # type: ignore[override]
         """A queue without bound and counts."""
         return _queue.SimpleQueue()
 
@@ -69,7 +77,7 @@ class _Factories:
             initializer,
             initargs,
             maxtasksperchild,
-            self.get_context(),  # type: ignore[attr-defined]
+            self.get_context(),
             task_timeout=task_timeout,
             retries=retries,
             engine=engine,
@@ -79,22 +87,22 @@ class _Factories:
 # The names of the classes begin as the stdlib's do: its tests, and others, look at that.
 
 
-class ForkContext(_Factories, stdlib.ForkContext):  # type: ignore[misc]
+class ForkContext(Context, stdlib.ForkContext):
     Process: ClassVar[type[ForkProcess]] = ForkProcess
 
 
-class SpawnContext(_Factories, stdlib.SpawnContext):  # type: ignore[misc]
+class SpawnContext(Context, stdlib.SpawnContext):
     Process: ClassVar[type[SpawnProcess]] = SpawnProcess
 
 
-class ForkServerContext(_Factories, stdlib.ForkServerContext):  # type: ignore[misc]
+class ForkServerContext(Context, stdlib.ForkServerContext):
     Process: ClassVar[type[ForkServerProcess]] = ForkServerProcess
 
 
 _registry: dict[str, stdlib.BaseContext] = stdlib._concrete_contexts  # type: ignore[attr-defined]
 _default: stdlib.DefaultContext = stdlib._default_context
 _stock = {name: _registry[name] for name in ("fork", "spawn", "forkserver")}
-_ours: dict[str, stdlib.BaseContext] = {
+_ours: dict[str, Context] = {
     "fork": ForkContext(),
     "spawn": SpawnContext(),
     "forkserver": ForkServerContext(),
@@ -133,6 +141,19 @@ def of_ours(context: stdlib.BaseContext) -> stdlib.BaseContext:
     if context is _default:
         context = _default.get_context()
     return next((_ours[name] for name, stock in _stock.items() if context is stock), context)
+
+
+def get_context(method: str | None = None) -> Context:
+    """Our context that starts processes by ``method``: "fork", "spawn" or "forkserver"; else in the interpreter's way.
+
+    As ``multiprocessing.get_context("ipcchan")`` and the like, whose names it takes, too; but type checkers know that
+    it is ours. Raises ``ValueError`` for a method that there isn't.
+    """
+    for name in (method or "ipcchan", f"ipcchan_{method}"):
+        context = _registry.get(name)
+        if isinstance(context, Context):
+            return context
+    raise ValueError(f"cannot find context for {method!r}; there are {', '.join(_ours)}")
 
 
 def install(method: str = "ipcchan") -> None:

@@ -270,6 +270,27 @@ def test_program_that_chooses_after_install(tmp_path: Path) -> None:
     output_of(tmp_path / "program.py", source)
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_get_context(installed: bool) -> None:
+    """It gives our contexts, by our names and the stock ones, whatever these mean elsewhere."""
+    if installed:
+        mp_ipcchan.install()
+    try:
+        assert mp_ipcchan.get_context() is multiprocessing.get_context("ipcchan")
+        for method in ("fork", "spawn", "forkserver"):
+            context = mp_ipcchan.get_context(method)
+            assert isinstance(context, mp_ipcchan.Context)
+            assert context.get_start_method() == method
+            assert context is multiprocessing.get_context(f"ipcchan_{method}")
+            assert context is mp_ipcchan.get_context(f"ipcchan_{method}")
+        for method in ("thread", "ipcchan_thread"):
+            with pytest.raises(ValueError, match="forkserver"):
+                mp_ipcchan.get_context(method)
+    finally:
+        if installed:
+            mp_ipcchan.uninstall()
+
+
 def test_install_unknown_method() -> None:
     """A method that there isn't is a ``ValueError``, which changes nothing."""
     stock = multiprocessing.get_context("fork")
