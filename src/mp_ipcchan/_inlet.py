@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice, repeat, starmap, takewhile
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from ._deadline import wait_for
 from ._interrupt import raised_by_handler
@@ -58,6 +58,7 @@ class Inlet:
         "_sock",
         "_vain_looks",
         "detour",
+        "ends",
         "front",
         "inbox",
         "largest",
@@ -107,8 +108,10 @@ class Inlet:
         #: Reentrant, so that a signal's handler which receives, too, is told off and doesn't wait for itself.
         self.lock: threading.RLock = threading.RLock()
         #: Acquires it at each step, if it is free, and says whether it was. ``for turn in turns: break`` acquires and
-        #: stores that in one C call: whoever a signal's handler interrupts knows whether to release it.
+        #: stores that in one C call: whoever a signal's handler interrupts knows whether to release it. ``ends``
+        #: releases it in the same way, with None.
         self.turns: Iterator[bool] = starmap(self.lock.acquire, repeat((False,)))
+        self.ends: Iterator[Any] = starmap(self.lock.release, repeat(()))
         #: Whether somebody is receiving; changed by whoever holds the lock.
         self.receiving: bool = False
 

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from itertools import repeat, starmap
 
-from ._transport.unix import AT_ONCE, WAITING, NoRoom, Packet, await_next, check_next, has_plenty
+from ._transport.unix import AT_ONCE, WAITING, NoRoom, Packet, await_next, check_next, has_one, has_plenty
 
 #: After so many packets in a row without descriptors, the next is received without asking.
 _PLAIN_ROW = 8
@@ -67,14 +67,7 @@ class Packets:
 
     def _has_room(self) -> bool:
         """Whether there is certainly room for what the next packet may bring."""
-        if self._several:
-            return has_plenty(self._fd)
-        try:
-            for _ in self._spare:
-                break
-        except OSError:
-            return False
-        return True
+        return has_plenty(self._fd) if self._several else has_one(self._spare)
 
 
 def _check_next(packets_ref: weakref.ref[Packets]) -> tuple[int, int, int]:

@@ -7,9 +7,12 @@ import errno
 import multiprocessing
 import os
 import resource
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -25,7 +28,8 @@ from mp_ipcchan import (
     SimpleQueue,
     channel,
 )
-from tests.conformance._support import room_for
+from mp_ipcchan._transport import unix
+from tests.conformance._support import InThread, bare_fork, room_for
 from tests.queues._support import is_asleep, until
 
 #: Seconds that nothing here takes.
@@ -288,3 +292,31 @@ def test_receiver_that_could_not_move_has_its_messages() -> None:
     sender.close()
     _in_child(_move_with_too_few, 64, rx, 600)
     rx.close()
+
+
+def test_no_fork_while_there_are_copies_of_descriptors() -> None:
+    """A child would keep those that a thread makes to see whether there is room: a fork waits until they are gone."""
+    tx, rx = channel()
+    dup = os.dup
+    copied, forking = threading.Event(), threading.Event()
+    forked: list[bool] = []
+
+    def copy(fd: int) -> int:
+        copied.set()
+        assert forking.wait(LIMIT)
+        # Time enough for a fork that doesn't wait.
+        time.sleep(0.05)
+        forked.append(child is not None)
+        return dup(fd)
+
+    child = None
+    with tx, rx:
+        tx.send("message")
+        with patch.object(unix.os, "dup", copy):
+            receiving = InThread(rx.recv)
+            assert copied.wait(LIMIT)
+            forking.set()
+            with bare_fork(lambda: None) as child:
+                assert child.join() == 0
+            assert receiving.result() == "message"
+    assert forked == [False]

@@ -12,8 +12,9 @@ import array
 import os
 import resource
 import socket
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import starmap
 from operator import itemgetter
@@ -65,6 +66,11 @@ class EndOfStream(Exception):
 class ShutMark:
     """Stands for the packet that tells of a queue's shutdown."""
 
+
+#: Held while a process forks, and while it has copies of descriptors for a moment: a child would keep them for good,
+#: and whoever waits for the end of what they refer to would not see it.
+_forking = threading.RLock()
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
 
 #: What a packet turns out to hold.
 Opened: TypeAlias = Incoming | Spill | ShutMark
@@ -191,18 +197,30 @@ def _transmit_message(sock: socket.socket, message: Message, segments: SegmentPo
             carrier.close()
 
 
+def has_one(spare: Iterator[None]) -> bool:
+    """Whether this process may open one more descriptor. ``spare`` opens one and closes it, in one C call."""
+    try:
+        with _forking:
+            for _ in spare:
+                break
+    except OSError:
+        return False
+    return True
+
+
 def has_plenty(fd: int) -> bool:
     """Whether this process may certainly open as many descriptors as any packet brings. ``fd`` is one of its own."""
     found: list[int] = []
     closing = map(os.close, found)
-    try:
-        found.extend(map(os.dup, (fd,)))
-    except OSError:
-        return False
-    finally:
-        # Opened and closed with no call in between: a signal's handler that raises leaves none open.
-        for _ in closing:
-            pass
+    with _forking:
+        try:
+            found.extend(map(os.dup, (fd,)))
+        except OSError:
+            return False
+        finally:
+            # Opened and closed with no call in between: a signal's handler that raises leaves none open.
+            for _ in closing:
+                pass
     # The kernel gives out the lowest that is free.
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return found[0] + MAX_IN_PACKET < soft or soft == resource.RLIM_INFINITY
@@ -220,14 +238,15 @@ def check_next(recvmsg: Callable[[int, int, int], Packet]) -> None:
     peeked: list[Packet] = []
     # Closed with this, even if a signal's handler keeps us from doing it.
     copies = Descriptors([])
-    try:
-        peeked.extend(starmap(recvmsg, _PEEK))
-        copies.fds = descriptors_in(peeked[0][1])
-    except BaseException:
-        if peeked:
+    with _forking:
+        try:
+            peeked.extend(starmap(recvmsg, _PEEK))
             copies.fds = descriptors_in(peeked[0][1])
-        raise
-    copies.close()
+        except BaseException:
+            if peeked:
+                copies.fds = descriptors_in(peeked[0][1])
+            raise
+        copies.close()
     if peeked[0][2] & CUT_RIGHTS:
         raise NoRoom
 
