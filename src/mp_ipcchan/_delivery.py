@@ -99,6 +99,8 @@ class Delivery:
         packet: Packet | None = None
         decoding = late = turn = mine = False
         obj: Any = _NOTHING
+        # Of the lock that there is now: forked meanwhile, by a signal's handler, a child has another.
+        ends = inlet.ends
         try:
             try:
                 if alone:
@@ -150,11 +152,11 @@ class Delivery:
                 if turn:
                     if mine:
                         inlet.receiving = False
-                    for turn in inlet.ends:  # noqa: B007
+                    for turn in ends:  # noqa: B007
                         break
         except BaseException as error:
             if turn:
-                self._end_turn(inlet, mine)
+                self._end_turn(inlet, mine, ends)
             if incoming is None:
                 if packet is not None:
                     # Without a call: at the next one, another handler may follow.
@@ -180,11 +182,11 @@ class Delivery:
         return map(inlet.lock.acquire, (True,), (-1 if left is None or left > threading.TIMEOUT_MAX else left,))
 
     @staticmethod
-    def _end_turn(inlet: Inlet, mine: bool) -> None:
+    def _end_turn(inlet: Inlet, mine: bool, ends: Iterator[object]) -> None:
         """End a turn that a signal's handler kept from ending: 3.10 looks for signals before it does a ``finally``."""
         if mine:
             inlet.receiving = False
-        inlet.lock.release()
+        next(ends)
 
     @staticmethod
     def _refuse(reentered: bool) -> NoReturn:
@@ -220,6 +222,7 @@ class Delivery:
         taken: list[Incoming] = []
         decoded: list[Any] = []
         decoding = turn = mine = False
+        ends = inlet.ends
         try:
             try:
                 if alone:
@@ -240,11 +243,11 @@ class Delivery:
                 if turn:
                     if mine:
                         inlet.receiving = False
-                    for turn in inlet.ends:  # noqa: B007
+                    for turn in ends:  # noqa: B007
                         break
         except BaseException as error:
             if turn:
-                self._end_turn(inlet, mine)
+                self._end_turn(inlet, mine, ends)
             if not taken:
                 raise
             try:
@@ -292,6 +295,7 @@ class Delivery:
         incoming: Incoming | None = None
         copied: list[T] = []
         turn = mine = False
+        ends = inlet.ends
         try:
             try:
                 if alone:
@@ -305,11 +309,11 @@ class Delivery:
                 if turn:
                     if mine:
                         inlet.receiving = False
-                    for turn in inlet.ends:  # noqa: B007
+                    for turn in ends:  # noqa: B007
                         break
         except BaseException as error:
             if turn:
-                self._end_turn(inlet, mine)
+                self._end_turn(inlet, mine, ends)
             if incoming is not None and not isinstance(error, (ProtocolError, MemoryError)):
                 inlet.put_back(incoming)
             if incoming is not None and isinstance(error, MemoryError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue as stdlib
 import random
 import signal
@@ -327,6 +328,35 @@ def test_interrupted_receiver_is_free_for_other_threads(
             interrupter.interrupt(receive_on, 5e-5)
             tx.send(b"")
             assert other.submit(rx.recv, LIMIT / 10).result() == b""
+
+
+def _unpickle_forking() -> int:
+    return os.fork()
+
+
+class ForkingWhenUnpickled:
+    def __reduce__(self) -> Any:
+        return _unpickle_forking, ()
+
+
+@pytest.mark.parametrize("receive", [lambda rx: rx.recv(), lambda rx: rx.recv_many(1)[0]], ids=["recv", "recv_many"])
+def test_fork_in_the_middle_of_receiving(receive: Callable[[Any], int]) -> None:
+    """Both processes come back from the call."""
+    tx, rx = channel()
+    with tx, rx:
+        tx.send(ForkingWhenUnpickled())
+        parent = os.getpid()
+        try:
+            pid = receive(rx)
+        except BaseException:
+            if os.getpid() != parent:
+                os._exit(1)
+            raise
+        if not pid:
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        tx.send("next")
+        assert rx.recv(LIMIT) == "next"
 
 
 needs_returns_unwatched = pytest.mark.skipif(
