@@ -70,8 +70,12 @@ def _start() -> bool:
     kept by them in ``made`` and ``started``, so that it can't get lost.
     """
     global _running, _wake
-    # From here on nobody else starts one.
-    _running = True
+    # Asked and said with nothing in between, not even a jump: from here on nobody else starts one.
+    if not _running:
+        _running = True
+    else:
+        # A handler has, since the caller asked.
+        return True
     made: list[int] = []
     started: list[int] = []
     try:

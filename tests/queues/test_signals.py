@@ -16,11 +16,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import repeat, starmap
+from types import FrameType
 from typing import Any
 
 import pytest
 
-from mp_ipcchan import Empty, JoinableQueue, Pipe, Queue, SerializationError, ShutDown, bytes_channel, channel
+from mp_ipcchan import (
+    Empty,
+    Full,
+    JoinableQueue,
+    Pipe,
+    Queue,
+    SerializationError,
+    ShutDown,
+    _drainer,
+    bytes_channel,
+    channel,
+)
 
 #: Seconds that a test goes on for; what it looks for shows within a tenth of that where it is broken.
 LONG = 1.5
@@ -439,6 +451,32 @@ def _get_many(queue: Queue[int], got: list[int]) -> None:
     for _ in range(3):
         numbers = queue.get_many(7)
         got += numbers
+
+
+def test_handler_that_sends_as_the_drainer_is_started() -> None:
+    """Where the handler's message needs the thread, too, one is started, and it ends with the last backlog."""
+    tx, rx = channel()
+    other_tx, other_rx = channel()
+
+    def enter(frame: FrameType, _event: str, _arg: object) -> None:
+        # Just where a handler may be called.
+        if frame.f_code is _drainer._start.__code__:
+            sys.settrace(None)
+            other_tx.send("last")
+
+    with tx, rx, other_tx, other_rx:
+        for sender in (tx, other_tx):
+            with suppress(Full):
+                while True:
+                    sender.try_send("fills the socket")
+        sys.settrace(enter)
+        try:
+            tx.send("last")
+        finally:
+            sys.settrace(None)
+        for receiver in (rx, other_rx):
+            while receiver.recv(LIMIT) != "last":
+                pass
 
 
 class Undecodable:
