@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 PAGE = mmap.PAGESIZE
-_MAP_FIXED, _MAP_NORESERVE, _MAP_POPULATE = 0x10, 0x4000, 0x8000
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _PRIVATE = mmap.MAP_PRIVATE | _MAP_NORESERVE
 
 if sys.version_info >= (3, 13):
@@ -55,7 +55,7 @@ def map_shared(fd: int, size: int, *, entirely: bool = False) -> mmap.mmap:
 
     ``entirely``: all of it will be written to. The kernel finds all pages at once, then, not each when it is touched.
     """
-    return _map(fd, size, mmap.MAP_SHARED | (_MAP_POPULATE if entirely else 0))
+    return _map(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if entirely else 0))
 
 
 def map_private(fd: int, size: int) -> mmap.mmap:

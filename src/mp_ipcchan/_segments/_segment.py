@@ -24,8 +24,9 @@ from ..errors import ProtocolError
 #: Buffers begin at multiples of this (bytes): the cache line, and what vector instructions like.
 ALIGNMENT = 64
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_FINAL = _SEALS | fcntl.F_SEAL_WRITE
+#: Of every segment: its size is what it is for ever.
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_FINAL = SEALS | fcntl.F_SEAL_WRITE
 #: Segments that are used again are up to so much (bytes) larger than they need to be; no memory is behind that.
 MOST_BEHIND = 1 << 20
 #: writev takes at most this many pieces (the kernel's UIO_MAXIOV).
@@ -75,7 +76,7 @@ def create(pieces: Sequence[Buffer], owned: list[int], size: int = 0, blank: int
         os.posix_fallocate(fd, written, blank - written)
     if size > written:
         os.ftruncate(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL if final else _SEALS)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL if final else SEALS)
     return fd
 
 
@@ -95,8 +96,7 @@ def create_with_position(pieces: Sequence[Buffer], owned: list[int]) -> int:
             owned.extend(map(os.dup, (file.fileno(),)))
         write(owned[-1], pieces)
         os.lseek(owned[-1], 0, os.SEEK_SET)
-    owned.remove(fd)
-    os.close(fd)
+    list(map(os.close, map(owned.pop, (owned.index(fd),))))
     return owned[-1]
 
 
@@ -105,7 +105,7 @@ def create_blank(size: int) -> int:
     fd = os.memfd_create("mp_ipcchan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except BaseException:
         os.close(fd)
         raise

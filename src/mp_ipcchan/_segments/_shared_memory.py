@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
     from typing_extensions import Buffer, Self
 
-_SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 #: As ``linux/fcntl.h`` has it; Python's module lacks it.
 _F_SEAL_FUTURE_WRITE = 0x10
 #: What must not be there: it is everybody's to write to.
@@ -334,7 +333,7 @@ def _check(fd: int) -> None:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
         raise ProtocolError("a descriptor that was sent as shared memory is something else") from error
-    if seals & _SEALED != _SEALED:
+    if seals & _segment.SEALS != _segment.SEALS:
         raise ProtocolError("shared memory arrived that its sender could still truncate: it is not sealed")
     readable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
     if seals & _UNWRITABLE or not readable:

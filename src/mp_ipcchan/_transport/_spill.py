@@ -239,10 +239,10 @@ class Spill:
                     return (found.body_size, *sizes), kinds, start
         raise ProtocolError("the last packet of a process ends in the middle of a message")
 
-    def _parse(self, entry: int, following: int) -> tuple[bytes, list[bytearray], bytes]:
+    def _parse(self, entry: int, following: int) -> tuple[memoryview, list[bytearray], bytes]:
         """A message that begins and ends there: body, buffers, kinds of its handles."""
         sizes, kinds, start = self._parse_head(entry, following)
-        data = self._records.read(start, following >> 1)
+        data = memoryview(self._records.read(start, following >> 1))
         body, *buffers = (data[where] for where in slices(0, sizes))
         return body, [bytearray(buffer) for buffer in buffers], kinds
 
@@ -351,7 +351,8 @@ class _Window:
             if start + len(data) < end or end > self._size:
                 raise ProtocolError("the last packet of a process is shorter than it says")
             at = start
-            self._held = (at, data)
+            # Something large is not held longer than its reader does.
+            self._held = (at, data) if len(data) <= _STRETCH else (0, b"")
         return data[start - at : end - at]
 
 
