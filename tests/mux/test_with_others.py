@@ -31,7 +31,7 @@ from mp_ipcchan import (
 )
 from mp_ipcchan._typed_codec import codec_of
 
-from ..conformance._support import LIMIT, InThread, open_descriptors
+from ..conformance._support import LIMIT, InThread, bare_fork, open_descriptors
 from ..conformance.test_async import Loop, _started, loop  # noqa: F401  (fixtures)
 from ._support import MANY, both_ends, crossing, moved
 
@@ -181,6 +181,28 @@ def test_member_is_given_back(ends: tuple[Mux, Mux]) -> None:
         tx.send("two")
         with receivers.remove(number).to() as rx:
             assert rx.recv(LIMIT) == "two"
+
+
+def test_members_in_a_forked_child(ends: tuple[Mux, Mux]) -> None:
+    """There they have ended, whatever waited in them; here the set is as it was."""
+    pairs = [crossing(*ends) for _ in range(3)]
+    with ExitStack() as stack, ReceiverSet() as receivers:
+        for number, (tx, rx) in enumerate(pairs):
+            stack.enter_context(tx)
+            receivers.add(rx)
+            tx.send(number)
+
+        def in_child() -> None:
+            while len(receivers):
+                for event in receivers.select(LIMIT):
+                    assert isinstance(event, ChannelClosed)
+
+        with bare_fork(in_child) as child:
+            assert child.join() == 0
+        found: list[Any] = []
+        while len(found) < 3:
+            found += [event.message.to() for event in receivers.select(LIMIT) if isinstance(event, MessageReceived)]
+        assert sorted(found) == [0, 1, 2]
 
 
 def test_undecoded_message_lets_go_of_the_ends_in_it(ends: tuple[Mux, Mux]) -> None:
