@@ -183,6 +183,7 @@ def _leave_address_space(size: int) -> None:
 
 
 def _take_what_fits(rx: Any, take: Callable[[Any], object], room: int, attempts: int) -> None:
+    # In a new process: a forked one may give back what it has inherited, and then have more.
     _leave_address_space(room)
     for number in range(attempts):
         with pytest.raises(MemoryError, match=r"was dropped.*ulimit -v"):
@@ -215,7 +216,7 @@ BIG = 128 * MIB
 def test_more_than_a_receiver_has_memory_for(take: Any, room: int) -> None:
     """The message is dropped, an error says so, and the channel goes on; its sender hears nothing of it."""
     tx, rx = channel()
-    with tx, started(context_of("fork"), _take_what_fits, rx, take, room, 2):
+    with tx, started(context_of("spawn"), _take_what_fits, rx, take, room, 2):
         for number in range(2):
             tx.send(bytes(BIG))
             tx.send(number)
@@ -224,7 +225,7 @@ def test_more_than_a_receiver_has_memory_for(take: Any, room: int) -> None:
 @pytest.mark.parametrize("room", [BIG // 2, BIG + BIG // 2], ids=["not-mapped", "not-decoded"])
 def test_more_than_a_taker_has_memory_for(room: int) -> None:
     """The same of a queue, whose counts are right then, and of the bytes in a pipe."""
-    context: Any = context_of("fork")
+    context: Any = context_of("spawn")
     queue = context.Queue()
     for number in range(2):
         queue.put(bytes(BIG))
@@ -269,9 +270,9 @@ def _take_what_is_left(rx: Receiver[Any], with_descriptor: bool) -> None:
 def test_more_than_there_is_memory_for_of_what_a_process_left(with_descriptor: bool) -> None:
     """One message of a process that has ended is too large; all others arrive."""
     tx, rx = channel()
-    with started(context_of("fork"), _end_with_something_large, tx, with_descriptor):
+    with started(context_of("spawn"), _end_with_something_large, tx, with_descriptor):
         tx.close()
-    with started(context_of("fork"), _take_what_is_left, rx, with_descriptor):
+    with started(context_of("spawn"), _take_what_is_left, rx, with_descriptor):
         pass
 
 
@@ -312,7 +313,7 @@ def verify(arrays: list[Any], number: int, nbytes: int) -> None:
 
 
 def check_window(count: int, nbytes: int, window: int) -> None:
-    context: Any = context_of("fork")
+    context: Any = context_of("spawn")
     queue = context.SimpleQueue()
     with running(context.Process(target=_train, args=(queue, count, nbytes, window))) as consumer:
         with running(context.Process(target=_load, args=(queue, count, nbytes))) as producer:

@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from typing import Any
 
@@ -153,7 +154,7 @@ def _held(sock: socket.socket) -> int:
 def test_room_to_raise_the_large_buffer() -> None:
     """However full it is, the first step of raising it makes room, and leaves some for the second."""
     one, other = unix.make_pair(LARGE_BUFFER)
-    with one, other:
+    with closing(one), closing(other):
         for size in (PACKET_SIZE, SIZE, 40 * KIB, 100):
             while True:
                 try:
@@ -169,7 +170,7 @@ def test_room_to_raise_the_large_buffer() -> None:
 def test_kernel_tells_of_room_before_the_last_packet_is_read() -> None:
     """That is what the size of the large buffer is for: the reader never runs dry."""
     one, other = unix.make_pair(LARGE_BUFFER)
-    with one, other:
+    with closing(one), closing(other):
         waiting = 0
         while True:
             try:
