@@ -27,7 +27,7 @@ from ._message import (
 from ._opaque import OpaqueReceiver, OpaqueSender, Origin
 from ._receiver import BytesReceiver, Receiver, ReceiverBase
 from ._sender import BytesSender, Sender, SenderBase
-from ._typed_codec import MAX_SIZE, codec_of
+from ._typed_codec import MAX_SIZE, codec_for, codec_of
 from .errors import ProtocolError
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def channel(type: Any = None, *, max_size: int = MAX_SIZE) -> tuple[Sender[Any],
     that a peer can't make the receiver allocate what it likes. Raises ``TypeError`` for a type that
     msgspec can't check, ``ImportError`` where msgspec is missing.
     """
-    typed = None if type is None else codec_of(type, max_size)
+    typed = codec_for(type, max_size)
     sending, receiving = _pair()
     return Sender(sending, typed), Receiver(receiving, typed)
 

@@ -16,7 +16,10 @@ def deadline_in(timeout: float | None) -> float | None:
     """The monotonic time (seconds) at which ``timeout`` seconds from now are over."""
     if timeout is None:
         return None
-    deadline = monotonic() + timeout
+    try:
+        deadline = monotonic() + timeout
+    except TypeError:
+        raise TypeError(f"a timeout is a number of seconds, or None, not {timeout!r}") from None
     if deadline != deadline:
         raise ValueError("a timeout is a number of seconds, not nan")
     return deadline

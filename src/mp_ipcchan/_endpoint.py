@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Every open sender, receiver and set of this process, for a forked child to close those it wasn't given.
 endpoints: weakref.WeakSet[Closable] = weakref.WeakSet()
+#: Those that were closed so in this process, whose user may wonder.
+withheld: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 class Endpoint:
@@ -34,7 +36,10 @@ class Endpoint:
         if link is None:
             if self._moved:
                 raise EndpointMoved(f"this {type(self).__name__} has moved: whoever has got it owns it now")
-            raise EndpointClosed(f"this {type(self).__name__} is closed")
+            why = (
+                ": it was not passed to this process; give it to it when it starts (args=)" if self in withheld else ""
+            )
+            raise EndpointClosed(f"this {type(self).__name__} is closed{why}")
         return link
 
     def _give_up(self) -> Link:

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import _drainer
 from ._channel import detach
-from ._endpoint import Endpoint, ReceivingEnd, endpoints
+from ._endpoint import Endpoint, ReceivingEnd, endpoints, withheld
 from ._message import Handle, MovingHandle
 from ._reach import endpoints_within
 from ._transport._carrier import Carrier
@@ -54,6 +54,7 @@ class ForkPopen(popen_fork.Popen):
             kept = {id(endpoint) for endpoint in given}
             for endpoint in list(endpoints):
                 if id(endpoint) not in kept:
+                    withheld.add(endpoint)
                     endpoint.close()
             try:
                 return bootstrap(*args, **options)

@@ -68,6 +68,13 @@ def codec_of(type: Any, max_size: int = MAX_SIZE) -> TypedCodec:  # noqa: A002  
     return _kept_codec(type, max_size)
 
 
+def codec_for(type: Any, max_size: int = MAX_SIZE) -> TypedCodec | None:  # noqa: A002
+    """As ``codec_of``; None where there is no type, whose messages are pickles, of any size."""
+    if type is None and max_size != MAX_SIZE:
+        raise TypeError("max_size is for channels with a type: channel(type, max_size=...)")
+    return None if type is None else codec_of(type, max_size)
+
+
 @functools.lru_cache(maxsize=256)
 def _kept_codec(type: Any, max_size: int) -> TypedCodec:  # noqa: A002
     return TypedCodec(type, max_size)

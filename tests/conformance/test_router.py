@@ -165,6 +165,16 @@ def test_R03_router_shutdown() -> None:
     assert repr(router) == "<mp_ipcchan.Router shut down>"
 
 
+def test_route_to_what_is_no_function(router: Router) -> None:
+    """Said at once; the receiver is still the caller's."""
+    tx, rx = channel()
+    with tx, rx:
+        with pytest.raises(TypeError, match="a function to call"):
+            router.add_route(rx, 5)  # type: ignore[arg-type]
+        tx.send(1)
+        assert rx.recv(LIMIT) == 1
+
+
 def test_R04_routing_to_a_queue(router: Router) -> None:
     """What was sent before goes into the queue, then a message that is no good as its error, then the end."""
     tx, rx = channel()

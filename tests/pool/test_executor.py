@@ -417,3 +417,19 @@ def test_reusable_executor() -> None:
 def test_arguments_that_make_no_sense(wrong: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         ProcessPoolExecutor(**wrong)
+
+
+@pytest.mark.parametrize("timeout", [2**31 / 1000, float("inf")])
+def test_timeout_beyond_what_the_kernel_counts(forked: ProcessPoolExecutor, timeout: float) -> None:
+    assert forked.options(timeout=timeout).submit(tasks.square, 3).result(LIMIT) == 9
+
+
+def test_what_brings_endpoints_is_not_run_again(forked: ProcessPoolExecutor) -> None:
+    """They went with the worker; the error says so."""
+    tx, rx = channel()
+    with tx, rx, pytest.raises(WorkerLostError, match="not run again.*endpoints"):
+        forked.options(retries=2).submit(_die_with, tx).result(LIMIT)
+
+
+def _die_with(tx: Any) -> None:
+    tasks.die()

@@ -539,3 +539,26 @@ def test_fd(start_method: str, tmp_path: Path) -> None:
             pass
         assert not fd.closed
     assert path.read_bytes() == b"from the parent\nfrom the child\n"
+
+
+def _use_what_is_there(tx: Sender[str]) -> None:
+    try:
+        kept[0].recv()
+    except EndpointClosed as error:
+        tx.send(str(error))
+
+
+#: What a forked child finds in its globals.
+kept: list[Receiver[int]] = []
+
+
+def test_what_was_not_passed_says_so() -> None:
+    """A global that a forked child has inherited is closed there, and says why."""
+    answers_tx, answers = channel()
+    tx, rx = channel()
+    kept.append(rx)
+    with tx, rx, answers:
+        with started(context_of("fork"), _use_what_is_there, answers_tx):
+            answers_tx.close()
+            assert "was not passed to this process" in answers.recv(LIMIT)
+    kept.clear()

@@ -225,6 +225,12 @@ def test_patience() -> None:
             assert next_word(server) == "in time"
 
 
+@pytest.mark.parametrize("patience", [-1, float("nan")])
+def test_impossible_patience(patience: float) -> None:
+    with pytest.raises(ValueError, match="number of seconds"):
+        Server(patience=patience)
+
+
 def test_several_threads_accept() -> None:
     """Each client is given to one of them."""
     with Server() as server:

@@ -223,6 +223,8 @@ def test_max_size() -> None:
         careless.close()
     with pytest.raises(ValueError, match="at least 1"):
         channel(bytes, max_size=0)
+    with pytest.raises(TypeError, match="channels with a type"):
+        channel(max_size=5)  # type: ignore[call-overload]
 
 
 # -- what types there are ---------------------------------------------------------------------

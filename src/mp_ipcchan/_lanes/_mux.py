@@ -13,7 +13,7 @@ from .._link import Link
 from .._message import CHANNEL_BUFFER, HandleKind, MovingHandle
 from .._receiver import BytesReceiver, Receiver
 from .._sender import BytesSender, Sender
-from .._typed_codec import MAX_SIZE, codec_of
+from .._typed_codec import MAX_SIZE, codec_for
 from . import _switchboard
 from ._lane import Head, Tail
 from ._lane_intake import StreamFeed
@@ -82,7 +82,7 @@ class Mux(Endpoint):
 
         Raises ``EndpointClosed`` and ``EndpointMoved``, and what ``channel`` does for a type.
         """
-        typed = None if type is None else codec_of(type, max_size)
+        typed = codec_for(type, max_size)
         tail, head = self._lane()
         return Sender(tail, typed), Receiver(head, typed)
 

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from .._deadline import remaining
 from .._fd import Fd
 from .._interrupt import raised_by_handler
 from . import _call, _logs, _resident
@@ -42,10 +41,13 @@ _PATIENCE = 2 * TARGET
 #: How often (seconds) the memory of workers is looked at, where it is limited. A look costs some 10 us; memory that is
 #: written to for the first time grows by some 20 MB in the time.
 _MEMORY_INTERVAL = 0.02
+#: How long (seconds) the thread sleeps at most where something is due some time: epoll counts milliseconds in a C int.
+_LONGEST_SLEEP = 86400.0
 #: When to try again (seconds) where a worker could not be started, and others go on.
 _START_AGAIN = 1.0
 #: What starting a process raises where that is killed before it has read what it is to do.
 _KILLED_AT_ONCE = (BrokenPipeError, ConnectionResetError, EOFError)
+_NOT_REPEATABLE: Final = "not run again: the endpoints or descriptors among its arguments went with the worker"
 _OUT_OF_MEMORY: Final = "by the kernel, for want of memory: the control group's count of such kills went up"
 
 
@@ -336,6 +338,8 @@ class Crew:
                 task.retries -= ran
                 again.append(task)
             else:
+                if task.retries > 0 and not task.repeatable:
+                    hint = "; ".join(filter(None, (hint, _NOT_REPEATABLE)))
                 fault = worker.fault or task.refused or WorkerLostError(worker.pid, exitcode, task.name, hint)
                 failed.append((task, fault))
         self._schedule.pending.extendleft(reversed(again))
@@ -372,7 +376,7 @@ class Crew:
         start_at = self._start_missing()
         if start_at is not None:
             at.append(start_at)
-        return remaining(min(at)) if at else None
+        return min(_LONGEST_SLEEP, max(0.0, min(at) - time.monotonic())) if at else None
 
     def _limit_memory(self, limit: int) -> None:
         for key, _ in list(self._heads()):

@@ -80,6 +80,6 @@ def _check(status: os.stat_result, directory: str, last: bool) -> None:
     # What a sticky directory (/tmp) holds nobody else can move away. But he can put something there.
     sealed = not status.st_mode & 0o022 or (not last and status.st_mode & stat.S_ISVTX)
     if not trusted or not sealed:
-        why = "belongs to another user" if not trusted else "may be written to by others (chmod go-w)"
+        why = "belongs to another user" if not trusted else "may be written to by others"
         reason = f"others could take the name of this server: {directory} {why}; choose a private directory"
         raise PermissionError(errno.EPERM, reason, directory)

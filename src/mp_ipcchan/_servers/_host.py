@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .._async import pause, readable
 from .._deadline import deadline_in, wait_for
 from .._interrupt import raised_by_handler
-from .._typed_codec import codec_of
+from .._typed_codec import codec_for
 from ..errors import Disconnected, Empty, EndpointClosed, ProtocolError
 from ._listener import Listener
 from ._lobby import Client, Guest, Lobby
@@ -45,8 +45,10 @@ class ServerBase:
         patience: float | None,
         type: Any,  # noqa: A002  (the name that users give it)
     ) -> None:
+        if patience is not None and not patience >= 0:
+            raise ValueError(f"patience is a number of seconds, not {patience!r}")
         admission = Admission(allow)
-        typed = None if type is None else codec_of(type)
+        typed = codec_for(type)
         #: Reentrant: a signal's handler may close the server.
         self._lock = threading.RLock()
         #: How many calls wait here now, which ``close`` must not take the descriptors away from.

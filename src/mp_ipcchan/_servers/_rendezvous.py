@@ -15,7 +15,7 @@ from .._link import Link
 from .._message import CHANNEL_BUFFER
 from .._sender import Sender
 from .._transport import unix
-from .._typed_codec import codec_of
+from .._typed_codec import codec_for
 from ._address import address_of, is_abstract, is_one_shot
 from ._peer import Admission, Allow, Peer, peer_at
 
@@ -47,7 +47,7 @@ def connect(
     root's, unless ``allow`` (uids, or a function of pid, uid and gid) admits others; for a path, whoever may write to
     its directory decides, unless ``allow`` is given. ``PermissionError`` tells who it is.
     """
-    typed = None if type is None else codec_of(type)
+    typed = codec_for(type)
     name = os.fspath(name)
     address = address_of(name)
     sock = unix.make_socket()

@@ -56,6 +56,8 @@ class Route:
         on_close: Callable[[], object] | None,
         once: bool,
     ) -> None:
+        if not callable(callback):
+            raise TypeError(f"a route needs a function to call with each message, not {callback!r}")
         self._routes = routes
         self._id = -1
         #: None once it must not be called any more.
