@@ -124,6 +124,9 @@ class Backlog:
                 self.backlog.append(item)
             else:
                 accepted.extend(map(self.backlog.append, (item,)))
+            if served and len(self.backlog) == 1:
+                # It is the first; or a signal's handler has sent all others since, and nobody may be there to send it.
+                served = self._serve()
             self.room -= size
             if not served:
                 self.spill()
@@ -218,6 +221,9 @@ class Backlog:
 
     def _finish(self) -> None:
         _drainer.remove(self)
+        if self.backlog:
+            # A signal's handler has sent more meanwhile.
+            self._serve()
         self._emptied()
 
     def _next(self, leave: int) -> tuple[list[Outgoing], Outgoing | None]:

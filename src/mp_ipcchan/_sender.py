@@ -69,9 +69,9 @@ class SenderBase(Endpoint, Generic[T_contra]):
                         outlet.send_raw(item, SEND_FLAGS)
                     except BlockingIOError:
                         outlet.send(item)
-                elif size < outlet.room and outlet.open_ended:
-                    # Somebody is about to send what waits, and will find this behind it: nothing has been called
-                    # since it was seen to wait, so no other thread has taken it away meanwhile.
+                elif size < outlet.room and outlet.open_ended and backlog:
+                    # Somebody is about to send what waits, and will find this behind it: there is no call, and no
+                    # jump, since it was seen to wait (again), so no other thread has taken it away meanwhile.
                     outlet.room -= size
                     backlog.append(item)
                 elif size < LARGE:

@@ -338,3 +338,20 @@ def test_memory_and_files(ends: tuple[Mux, Mux]) -> None:
             there.writable()[0] = 9
             assert memory.buf[0] == 9
             assert os.fstat(fd_there.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+
+
+def test_files_through_a_receiver_that_left_the_mux(ends: tuple[Mux, Mux]) -> None:
+    """They wait in the socket's backlog then, and are open until they have left."""
+    tx, rx = ends[0].channel()
+    carrier_tx, carrier_rx = channel()
+    with tx, carrier_tx, carrier_rx:
+        carrier_tx.send(rx)
+        with carrier_rx.recv(LIMIT) as there:
+            for number in range(400):
+                with open(os.devnull, "rb") as file, Fd(file) as fd:
+                    tx.send((number, fd))
+            for number in range(400):
+                got, fd = there.recv(LIMIT)
+                with fd:
+                    assert got == number
+                    assert os.fstat(fd.fileno()).st_rdev == os.stat(os.devnull).st_rdev

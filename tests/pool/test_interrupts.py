@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor
+from mp_ipcchan._pools import _engine
+from mp_ipcchan._pools._commons import Commons
 from mp_ipcchan._pools._crew import Crew
 
 from ..conformance._support import InThread
@@ -149,3 +151,60 @@ def test_each_call_of_a_pool(call: Callable[..., None]) -> None:
 def test_each_call_of_an_executor(call: Callable[..., None]) -> None:
     with _executor("fork") as executor:
         _storm(executor, [call])
+
+
+class _Interrupting:
+    """An epoll that is interrupted right behind its first registration."""
+
+    def __init__(self, epoll: Any) -> None:
+        self._epoll = epoll
+        self._interrupts = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+    def register(self, *args: Any) -> None:
+        self._epoll.register(*args)
+        if self._interrupts:
+            self._interrupts = False
+            raise KeyboardInterrupt
+
+
+def test_interrupted_behind_a_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread registers once more what it doesn't know to be registered."""
+
+    def commons(size: int) -> Commons:
+        made = Commons(size)
+        monkeypatch.setattr(made, "epoll", _Interrupting(made.epoll))
+        return made
+
+    monkeypatch.setattr(_engine, "Commons", commons)
+    with ProcessPoolExecutor(2) as executor:
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(tasks.square, 2)
+        assert executor.submit(tasks.square, 3).result(LIMIT) == 9
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_ctrl_c_is_put_off_while_a_worker_starts(start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread the kernel tells: the stdlib's hooks at a fork hold locks that a handler would leave held."""
+    steps: list[str] = []
+
+    def interrupted(*args: Any) -> Any:
+        if not steps:
+            steps.append("interrupted")
+            # As where another thread has taken it: nothing is blocked.
+            before = signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+            signal.raise_signal(signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        begun(*args)
+        steps.append("started")
+
+    context: Any = multiprocessing.get_context(f"ipcchan_{start_method}")
+    begun = context.Process.start
+    monkeypatch.setattr(context.Process, "start", interrupted)
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(tasks.square, 2)
+        assert steps[:2] == ["interrupted", "started"]
+        assert executor.submit(tasks.square, 3).result(LIMIT) == 9

@@ -15,18 +15,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from itertools import repeat, starmap
+from itertools import count, repeat, starmap
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from mp_ipcchan import (
+    Disconnected,
     Empty,
     Full,
     JoinableQueue,
     Pipe,
     Queue,
+    Sender,
     SerializationError,
     ShutDown,
     _drainer,
@@ -78,8 +80,8 @@ def test_handler_that_sends() -> None:
     tx.close()
     reader.join(LIMIT)
     rx.close()
-    for who, count in (("main", by_main), ("handler", by_handler)):
-        assert [number for name, number in received if name == who] == list(range(count))
+    for who, many in (("main", by_main), ("handler", by_handler)):
+        assert [number for name, number in received if name == who] == list(range(many))
 
 
 @pytest.mark.parametrize("make", [lambda: Queue(50), Queue, JoinableQueue], ids=["bounded", "plain", "joinable"])
@@ -482,3 +484,75 @@ def test_handler_that_sends_as_the_drainer_is_started() -> None:
 class Undecodable:
     def __reduce__(self) -> Any:
         return int, ("x",)
+
+
+@contextmanager
+def handled_at(place: int, handler: Callable[[], None]) -> Iterator[list[bool]]:
+    """Have a signal's handler do something at the ``place``-th instant at which one may run; whether there was one."""
+    came: list[bool] = []
+
+    def watch(_frame: object, event: str, _arg: object) -> None:
+        nonlocal place
+        place -= event in ("call", "c_return")
+        if place == 0:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGALRM)
+
+    def handle(*_: object) -> None:
+        came.append(True)
+        handler()
+
+    with handling(handle):
+        sys.setprofile(watch)
+        try:
+            yield came
+        finally:
+            sys.setprofile(None)
+
+
+@pytest.mark.parametrize("what", ["drain", "large", "with a descriptor"])
+def test_handler_that_sends_at_any_instant(what: str) -> None:
+    """What it leaves waiting is sent by somebody, though the interrupted call was about to let the thread go."""
+    for place in count(1):
+        tx, rx = channel()
+        other, kept = channel()
+        outlet = tx._open_link().outlet
+        received: list[object] = []
+        sent = iter(count())
+        expected = 0
+
+        def fill(tx: Any = tx, outlet: Any = outlet, sent: Any = sent) -> None:
+            while not outlet.backlog:
+                tx.send(next(sent))
+
+        def read(rx: Any = rx, received: Any = received) -> None:
+            with suppress(Empty):
+                while True:
+                    received.append(rx.try_recv())
+
+        def handler() -> None:
+            read()
+            fill()
+
+        with kept, other, rx:
+            fill()
+            # The thread that sends waits for the lock: this one does it.
+            with outlet.lock:
+                if what == "drain":
+                    read()
+                with handled_at(place, handler) as came:
+                    if what == "drain":
+                        outlet.drain()
+                    else:
+                        tx.send(bytes(20_000) if what == "large" else other)
+            expected = next(sent)
+            tx.close()
+            received.extend(rx.recv(LIMIT) for _ in range(expected + (what != "drain") - len(received)))
+            with pytest.raises(Disconnected):
+                rx.recv(LIMIT)
+            for one in received:
+                if isinstance(one, Sender):
+                    one.close()
+            assert sorted(one for one in received if isinstance(one, int)) == [*range(expected)]
+        if not came:
+            return

@@ -223,6 +223,32 @@ def frame(item: Outgoing, trunk: Trunk, stream: int) -> Outgoing:
     return Message([memoryview(item)[PLAIN_SIZE:], ending(stream, ())])
 
 
+class _Lent:
+    """A handle that is its owner's as long as it may not leave."""
+
+    __slots__ = ("_handle", "kind")
+
+    def __init__(self, handle: Handle) -> None:
+        self.kind = handle.kind
+        self._handle = handle
+
+    def fileno(self) -> int:
+        return self._handle.fileno()
+
+    def sent(self) -> None:
+        self._handle.sent()
+
+    def unsent(self) -> None:
+        """The owner tells it, or tries again."""
+
+
+def lend(item: Outgoing) -> Outgoing:
+    """``item`` for another outlet, where it may wait longer than here."""
+    if isinstance(item, bytes):
+        return item
+    return Message(item.body, item.buffers, [_Lent(handle) for handle in item.handles])
+
+
 def as_message(incoming: Incoming) -> Outgoing:
     """What came, to be sent on."""
     if isinstance(incoming, bytes):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from .._backlog import SHORTAGE
 from .._link import Link
-from .._message import PACKET_SIZE, Incoming, Outgoing
+from .._message import PACKET_SIZE, Incoming, Message, Outgoing
 from .._outlet import Outlet
 from . import _switchboard
 from ._lane_frame import DATA, OVERHEAD, TRAILER, WINDOW
-from ._lane_message import as_message, cost, frame
+from ._lane_message import as_message, cost, frame, lend
 
 if TYPE_CHECKING:
     from ._lane import Head
@@ -126,10 +126,14 @@ class LaneOutlet(Outlet):
         elif self.link is not None:
             self._tell_of_trust(self.link)
             try:
-                self.link.outlet.send(item, noted)
+                self.link.outlet.send(lend(item), noted)
             except OSError as error:
                 self.gone = error.errno not in SHORTAGE
                 raise
+            finally:
+                if noted and isinstance(item, Message):
+                    # They are the link's to tell now.
+                    item.handles = ()
         elif self.trunk is not None:
             if self.passed >= self.allowed:
                 raise BlockingIOError(errno.EAGAIN, "the other side has to read first")
@@ -235,6 +239,9 @@ class LaneOutlet(Outlet):
 
     def _finish(self) -> None:
         _switchboard.done_with(self)
+        if self.backlog:
+            # A signal's handler has sent more meanwhile.
+            _switchboard.need(self)
         self._emptied()
 
     def spill(self) -> None:

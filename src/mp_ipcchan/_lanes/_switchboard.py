@@ -304,10 +304,15 @@ def need(reason: object) -> bool:
         if _board.thread is not None:
             _board.thread.wake()
             return True
-        board, started = _board, list[int]()
+        board, waiter, started = _board, _Waiter(), list[int]()
+        # Asked again and said with no call in between: a signal's handler may have started one.
+        if board.thread is not None:
+            waiter.close()
+            board.thread.wake()
+            return True
+        board.thread = waiter
         try:
-            board.thread = _Waiter()
-            started.extend(map(_thread.start_new_thread, (_run,), ((board,),)))
+            started.extend(map(_thread.start_new_thread, (_run,), ((board, waiter),)))
         except RuntimeError:
             # The interpreter is shutting down, or the process has too many.
             return False
@@ -336,9 +341,7 @@ def retry(action: Callable[[], bool]) -> None:
             _board.thread.wake()
 
 
-def _run(board: _Board) -> None:
-    waiter = board.thread
-    assert waiter is not None
+def _run(board: _Board, waiter: _Waiter) -> None:
     while True:
         with lock:
             if not board.needs:

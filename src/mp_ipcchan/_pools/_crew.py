@@ -136,7 +136,11 @@ class Crew:
         assert self._commons is not None
         for fd, died in ((worker.results_fd, False), (worker.pidfd, True)):
             if fd not in self._events:
-                self._commons.epoll.register(fd, select.EPOLLIN)
+                try:
+                    self._commons.epoll.register(fd, select.EPOLLIN)
+                except FileExistsError:
+                    # A signal's handler raised when that was done.
+                    pass
                 self._events[fd] = (key, died)
 
     def _start_for(self, task: Task) -> None:

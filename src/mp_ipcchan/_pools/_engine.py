@@ -21,6 +21,7 @@ from .._reach import make_opaque
 from . import _outcome, _resident
 from ._commons import Commons
 from ._hearing import Hearing
+from ._lifeline import interrupts_put_off
 from ._map import Mappings
 from ._schedule import Schedule
 from ._stats import WorkerStats
@@ -183,8 +184,9 @@ class Engine(Hearing):
             # Ahead of the thread: a process that has several is better not forked.
             for _ in range(workers):
                 self._start_worker()
-            self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
-            self._thread.start()
+            with interrupts_put_off():
+                self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
+                self._thread.start()
         except BaseException:
             # Should the thread run already, it sees that it is none of ours.
             self._thread = None
