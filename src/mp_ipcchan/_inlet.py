@@ -366,7 +366,12 @@ class Inlet:
         over the socket and an eventfd, made when somebody first asks.
         """
         if self.waker is None:
-            self.waker = Waker(self._sock, self.front)
+            made = Waker(self._sock, self.front)
+            # Asked again with no call in between: another thread may have made one, which somebody waits for already.
+            if self.waker is None:
+                self.waker = made
+            else:
+                made.close()
             if self.holding:
                 self.waker.set()
         return self.waker.epoll.fileno()

@@ -359,8 +359,8 @@ def test_memory_that_is_kept_between_tasks() -> None:
 
     with ProcessPoolExecutor(1, FORK) as executor:
         size = executor.submit(resident).result(LIMIT)
-    with ProcessPoolExecutor(1, FORK, max_memory_per_child=size + (200 << 20)) as executor:
-        pids = [executor.submit(tasks.leak, 40).result(LIMIT) for _ in range(9)]
+    with ProcessPoolExecutor(1, FORK, max_memory_per_child=size + (250 << 20)) as executor:
+        pids = [executor.submit(tasks.leak, 100).result(LIMIT) for _ in range(9)]
     assert len(set(pids)) == 3
 
 

@@ -11,12 +11,14 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor, WorkerStats, channel
+from mp_ipcchan._pools._task import Task
 from mp_ipcchan._segments import _segment_pool
 
 from . import _tasks as tasks
@@ -278,3 +280,21 @@ print("done", flush=True)
             time.sleep(0.002)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (0, "done\n", "")
+
+
+def test_task_that_comes_when_the_workers_have_been_told_to_end() -> None:
+    """Whoever submits it may see too late that the executor is shut down: nobody is given it, and its future ends."""
+    with ProcessPoolExecutor(2, FORK) as executor:
+        wait([executor.submit(tasks.square, x) for x in range(50)])
+        engine = executor._engine
+        members = list(engine.workers.values())
+        assert len(members) == 2
+        for member in members:
+            os.kill(member.pid, signal.SIGSTOP)
+        executor.shutdown(wait=False)
+        assert eventually(lambda: all(member.tasks.closed for member in members))
+        late = Task(tasks.square, (3,), {})
+        engine._schedule.pending.append(late)
+        os.kill(members[0].pid, signal.SIGKILL)
+        assert late.future.result(LIMIT) == 9
+        os.kill(members[1].pid, signal.SIGKILL)

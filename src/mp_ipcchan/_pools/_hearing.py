@@ -66,6 +66,8 @@ class Hearing(Crew):
             if finished:
                 if self._broken:
                     self._fail_all()
+                elif self._schedule.pending:
+                    self._cancel_waiting()
                 self._release()
                 return
             commons.falls_asleep()
@@ -198,8 +200,10 @@ class Hearing(Crew):
     def _finished(self) -> bool:
         """Whether everything is done; ends the workers when the tasks are."""
         if self._closing and (self._broken or self._schedule.idle):
-            for worker in self.workers.values():
+            for key, worker in self.workers.items():
                 worker.end()
+                # Who submits puts a task among those that wait, and only then sees that it is too late.
+                self._schedule.shut(key)
                 if worker.state == OPEN:
                     worker.state = ENDING
             return not self.workers

@@ -66,6 +66,11 @@ class Schedule(Generic[T]):
         """A worker is ready, for ``room`` tasks."""
         self.lanes[key] = Lane(key, room)
 
+    def shut(self, key: int) -> None:
+        """Give the worker, if it is there, nothing more."""
+        if key in self.lanes:
+            self.lanes[key].room = 0
+
     def close(self, key: int) -> list[T | None]:
         """A worker has gone: its unanswered tasks, in order."""
         return list(self.lanes.pop(key).given)
