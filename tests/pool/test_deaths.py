@@ -355,12 +355,14 @@ def test_memory_of_a_running_task(context: Any) -> None:
 
 def test_memory_that_is_kept_between_tasks() -> None:
     """The worker is replaced, and no task is the worse for it."""
+    spawned = multiprocessing.get_context("ipcchan_spawn")
+    # New processes: a forked one has, and may give back, what this one has.
     from mp_ipcchan._pools._resident import resident
 
-    with ProcessPoolExecutor(1, FORK) as executor:
+    with ProcessPoolExecutor(1, spawned) as executor:
         size = executor.submit(resident).result(LIMIT)
-    with ProcessPoolExecutor(1, FORK, max_memory_per_child=size + (250 << 20)) as executor:
-        pids = [executor.submit(tasks.leak, 100).result(LIMIT) for _ in range(9)]
+    with ProcessPoolExecutor(1, spawned, max_memory_per_child=size + (200 << 20)) as executor:
+        pids = [executor.submit(tasks.leak, 60).result(LIMIT) for _ in range(9)]
     assert len(set(pids)) == 3
 
 
