@@ -220,7 +220,7 @@ class Backlog:
             self.delivered(count)
 
     def _finish(self) -> None:
-        _drainer.remove(self)
+        self._unserve()
         if self.backlog:
             # A signal's handler has sent more meanwhile.
             self._serve()
@@ -244,6 +244,10 @@ class Backlog:
     def _serve(self) -> bool:
         """See to it that the backlog is sent; False where no thread can do it. Raises ``OSError``."""
         return _drainer.add(self)
+
+    def _unserve(self) -> None:
+        """There is nothing to send any more."""
+        _drainer.remove(self)
 
     def _transmit(self, item: Outgoing, noted: list[object]) -> None:
         """Send one message now, as ``unix.transmit`` does."""

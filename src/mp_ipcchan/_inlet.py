@@ -318,10 +318,6 @@ class Inlet:
             self.waker.clear()
         return plain > 0
 
-    def fits(self) -> bool:
-        """Whether this process has room for the descriptors of the packet that is next."""
-        return bool(self.ready or self.inbox) or self.packets.fits()
-
     def put_back(self, *messages: Incoming | Spill) -> None:
         """Let ``messages`` wait here, ahead of all others, in their order."""
         self.take_back(list(messages))

@@ -162,9 +162,6 @@ class LaneInlet(Inlet):
     def holding(self) -> bool:
         return bool(self.ready) or self.ended
 
-    def fits(self) -> bool:
-        return True
-
     def fileno(self) -> int:
         """A descriptor that is readable whenever ``take`` would not block: this lane's own, from now on."""
         with _switchboard.lock:

@@ -204,7 +204,7 @@ class Intake:
         try:
             for _ in range(_SPARE):
                 spare.append(os.dup(self._trunk.fileno()))  # noqa: PERF401  (each is to be closed, whatever comes)
-            room = self._trunk.link.inlet.fits()
+            room = self._trunk.link.inlet.packets.fits()
         except OSError:
             room = False
         finally:

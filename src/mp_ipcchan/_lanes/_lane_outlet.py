@@ -237,12 +237,8 @@ class LaneOutlet(Outlet):
     def _serve(self) -> bool:
         return _switchboard.need(self)
 
-    def _finish(self) -> None:
+    def _unserve(self) -> None:
         _switchboard.done_with(self)
-        if self.backlog:
-            # A signal's handler has sent more meanwhile.
-            _switchboard.need(self)
-        self._emptied()
 
     def spill(self) -> None:
         """Let all that waits be the socket's, whatever the window says: the process ends."""
