@@ -298,3 +298,19 @@ def test_task_that_comes_when_the_workers_have_been_told_to_end() -> None:
         os.kill(members[0].pid, signal.SIGKILL)
         assert late.future.result(LIMIT) == 9
         os.kill(members[1].pid, signal.SIGKILL)
+
+
+def test_task_that_comes_when_a_worker_was_told_to_end_as_it_started() -> None:
+    """A worker that becomes ready after that is given nothing; the task goes to another, and nothing breaks."""
+    go = FORK.Event()
+    with ProcessPoolExecutor(1, FORK, initializer=go.wait, initargs=(LIMIT,)) as executor:
+        first = executor.submit(tasks.square, 2)
+        engine = executor._engine
+        [member] = engine.workers.values()
+        executor.shutdown(wait=False, cancel_futures=True)
+        assert eventually(lambda: member.tasks.closed)
+        assert first.cancelled()
+        late = Task(tasks.square, (3,), {})
+        engine._schedule.pending.append(late)
+        go.set()
+        assert late.future.result(LIMIT) == 9

@@ -167,9 +167,11 @@ class Hearing(Crew):
         said = _call.decode(incoming)
         with self._lock:
             if said == READY:
-                worker.state = OPEN
+                # It may have been told to end while it started.
+                told = worker.tasks.closed
+                worker.state = ENDING if told else OPEN
                 self._false_starts = self._killed_starts = 0
-                self._schedule.open(key, self._max_tasks)
+                self._schedule.open(key, 0 if told else self._max_tasks)
                 self._dispatch()
             elif not self._broken:
                 self._break(said[1])
