@@ -226,6 +226,10 @@ class Inlet:
         self._rest(None)
         return [*islice(self.packets.waiting, 1)]
 
+    def expect(self, looks: int) -> None:
+        """The next packet is about to come: look for it that often before sleeping."""
+        self._looks = looks
+
     def drop_next(self) -> None:
         """Drop what ``NoRoom`` was raised for: a packet, or the rest of what an ended process left."""
         if self.ready and isinstance(self.ready[0], Spill):

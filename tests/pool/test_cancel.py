@@ -253,12 +253,12 @@ def test_future_behaves_as_the_stdlibs() -> None:
 
 
 def test_waiting_and_ending_at_once() -> None:
-    """The condition may be made just while the result comes: nobody waits for ever."""
+    """Somebody may begin to wait just while the result comes: nobody waits for ever."""
     for _ in range(2000):
         future: Future[int] = Future()
         waiter = threading.Thread(target=lambda one=future: one.result(LIMIT))
         waiter.start()
-        future._begin()
+        future.set_running_or_notify_cancel()
         future.set_result(1)
         waiter.join(LIMIT)
         assert not waiter.is_alive()

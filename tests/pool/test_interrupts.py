@@ -55,12 +55,17 @@ def _submit(executor: Any) -> None:
     assert [future.result(LIMIT) for future in futures] == [x * x for x in range(100)]
 
 
+def _one_at_a_time(executor: Any) -> None:
+    for x in range(50):
+        assert executor.submit(tasks.square, x).result(LIMIT) == x * x
+
+
 def _executor_map(executor: Any) -> None:
     assert list(executor.map(tasks.square, range(100), chunksize=3)) == [x * x for x in range(100)]
 
 
 POOL_CALLS = [_map, _map_chunks, _imap, _imap_unordered, _apply_async]
-EXECUTOR_CALLS = [_submit, _executor_map]
+EXECUTOR_CALLS = [_submit, _one_at_a_time, _executor_map]
 
 
 class _Interrupts:

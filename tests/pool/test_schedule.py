@@ -27,10 +27,10 @@ def test_several_at_a_time_where_they_are_short() -> None:
     assert [len(tasks) for _, tasks in schedule.assign()] == [100, 100]
     # Let alone until half of them are answered.
     for _ in range(49):
-        schedule.answer(0)
+        schedule.answer(0, 1)
     assert schedule.assign() == []
     for _ in range(2):
-        schedule.answer(0)
+        schedule.answer(0, 1)
     assert [(key, len(tasks)) for key, tasks in schedule.assign()] == [(0, 51)]
 
 
@@ -42,7 +42,7 @@ def test_few_tasks_are_spread() -> None:
 def test_one_at_a_time_where_they_are_long() -> None:
     schedule = _schedule(lanes=2, tasks=5, estimate=0.1)
     assert [tasks for _, tasks in schedule.assign()] == [[0], [1]]
-    schedule.answer(1)
+    schedule.answer(1, 1)
     assert schedule.assign() == [(1, [2])]
 
 
@@ -63,15 +63,14 @@ def test_room() -> None:
     schedule.pending.extend(range(10))
     schedule.estimate = 1e-6
     assert schedule.assign() == [(0, [0, 1, 2])]
-    for _ in range(3):
-        schedule.answer(0)
+    schedule.answer(0, 3)
     assert schedule.assign() == []
 
 
 def test_close_gives_what_was_not_answered() -> None:
     schedule = _schedule(lanes=1, tasks=5, estimate=1e-4)
     schedule.assign()
-    assert schedule.answer(0) == 0
+    assert schedule.answer(0, 1) == [0]
     assert schedule.close(0) == [1, 2, 3, 4]
     assert schedule.idle
 
@@ -84,11 +83,11 @@ def test_what_waits_behind_another_is_given_to_an_idle_lane() -> None:
     behind = schedule.waiting_elsewhere()
     assert behind is not None
     assert behind.key == 0
-    schedule.answer(0)
+    schedule.answer(0, 1)
     # The second one has begun: those from number 2 on are taken back.
     assert schedule.take_back(0, 2) == [2, 3]
     assert schedule.assign() == [(1, [2, 3])]
-    assert [schedule.answer(0) for _ in range(3)] == [1, None, None]
+    assert schedule.answer(0, 3) == [1, None, None]
     assert schedule.waiting_elsewhere() is None or schedule.waiting_elsewhere() is schedule.lanes[1]
 
 
@@ -114,14 +113,14 @@ def test_large_ones_go_few_at_a_time() -> None:
     schedule.estimate = 1e-6
     schedule.pending.extend([20000, 10000, 10000, 50000, 1])
     assert schedule.assign() == [(0, [20000, 10000])]
-    schedule.answer(0)
+    schedule.answer(0, 1)
     assert schedule.assign() == [(0, [10000])]
-    schedule.answer(0)
-    schedule.answer(0)
+    schedule.answer(0, 1)
+    schedule.answer(0, 1)
     # Larger than all that a worker may have, it goes alone.
     assert schedule.assign() == [(0, [50000])]
     assert schedule.assign() == []
-    schedule.answer(0)
+    schedule.answer(0, 1)
     assert schedule.assign() == [(0, [1])]
 
 
@@ -133,3 +132,31 @@ def test_busy_ones_are_refilled_only_if_asked() -> None:
     schedule.pending.append(9)
     assert schedule.assign(refill=False) == []
     assert schedule.assign() == [(0, [9])]
+
+
+def test_which_lane_has_a_task_and_nothing_else() -> None:
+    schedule = _schedule(lanes=2, tasks=3)
+    schedule.assign()
+    assert [schedule.sole(task) for task in range(3)] == [None, None, None]
+    schedule.answer(0, 1)
+    schedule.assign()
+    assert [schedule.sole(task) for task in range(3)] == [None, 1, 0]
+    schedule.estimate = 1e-4
+    schedule.pending.append(3)
+    schedule.assign()
+    assert [schedule.sole(task) for task in range(4)] == [None, 1, None, None]
+
+
+def test_an_answer_that_was_interrupted_is_finished_once() -> None:
+    for taken in (False, True):
+        schedule = _schedule(lanes=1, tasks=2, estimate=1e-4)
+        schedule.assign()
+        lane = schedule.lanes[0]
+        lane.leaving = lane.given[0], 1
+        if taken:
+            lane.given.popleft()
+        schedule.finish_answer(0)
+        schedule.finish_answer(0)
+        assert (list(lane.given), lane.answered) == ([1], 1)
+        schedule.answer_one(0)
+        assert (list(lane.given), lane.answered) == ([], 2)

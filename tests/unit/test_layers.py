@@ -66,6 +66,7 @@ LAYERS = [
     ["_pools._task", "_pools._worker", "_pools._map"],
     ["_pools._outcome", "_pools._member", "_pools._commons"],
     ["_pools._crew"],
+    ["_pools._looking"],
     ["_pools._hearing"],
     ["_pools._engine"],
     ["_pools._executor"],

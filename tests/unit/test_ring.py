@@ -37,6 +37,40 @@ def test_it_stops_where_a_number_is_missing() -> None:
     assert list(found) == [b"0", b"1", b"3"]
 
 
+def test_peek_leaves_it_there() -> None:
+    writer, reader = _pair()
+    assert reader.peek(0) is None
+    for number in range(3):
+        writer.put(number, b"%d" % number)
+    assert (reader.peek(0), reader.peek(0), reader.peek(1)) == (b"0", b"0", None)
+    reader.skip(1)
+    assert (reader.peek(0), reader.peek(1)) == (None, b"1")
+    # What was seen to and not skipped is dropped on the way.
+    found: deque[bytes] = deque()
+    reader.take(2, found)
+    assert list(found) == [b"2"]
+    assert not reader
+
+
+def test_peek_and_skip_round_and_round() -> None:
+    writer, reader = _pair()
+    dice = random.Random(2)
+    for number in range(3000):
+        frame = dice.randbytes(dice.choice([0, 1, 7, 8, 9, 500, _ring.LARGEST]))
+        assert writer.put(number, frame)
+        assert reader.peek(number) == frame
+        reader.skip(number + 1)
+        assert not reader
+
+
+def test_nothing_to_read_once_it_is_closed() -> None:
+    writer, reader = _pair()
+    writer.put(0, b"0")
+    reader.close()
+    assert not reader
+    assert reader.peek(0) is None
+
+
 def test_full_and_too_large() -> None:
     writer, reader = _pair()
     assert not writer.put(0, bytes(_ring.LARGEST + 1))

@@ -41,9 +41,13 @@ def runner(function: R) -> R:
 
 #: Pickle's codes for "a pair of the last two", and the end.
 _PAIR = b"\x86."
+_STOP = b"."
 #: Of functions that went by their names: module and name, and what a frame begins with.
 _heads: dict[Callable[..., Any], tuple[str, str, bytes]] = {}
 _MOST_HEADS = 256
+#: What such a frame begins with, and the functions that came so, with module and name.
+_BY_NAME = PLAIN + b"\x80\x05c"
+_functions: dict[bytes, tuple[str, str, Callable[..., Any]]] = {}
 
 
 class ByValue:
@@ -124,7 +128,7 @@ def _encode(function: Callable[..., Any], rest: Any) -> Outgoing:
 
 def _keep_head(function: Callable[..., Any]) -> bytes:
     module, name = function.__module__, function.__qualname__
-    head = b"%b\x80\x05c%b\n%b\n" % (PLAIN, module.encode(), name.encode())
+    head = b"%b%b\n%b\n" % (_BY_NAME, module.encode(), name.encode())
     if len(_heads) >= _MOST_HEADS:
         _heads.clear()
     _heads[function] = module, name, head
@@ -138,10 +142,33 @@ def decode(incoming: Incoming) -> Any:
     return pickle.loads(incoming)
 
 
+def _decode_call(incoming: Incoming) -> Any:
+    """As ``decode``, in a third of the time where a call of that function has come before.
+
+    Pickle imports the module for each call; this looks whether the name still leads to the function, as ``_encode``.
+    """
+    if incoming.__class__ is not bytes or not incoming.startswith(_BY_NAME):
+        return decode(incoming)
+    end = incoming.find(b"\n", incoming.find(b"\n") + 1) + 1
+    head = incoming[:end]
+    known = _functions.get(head)
+    if known is not None:
+        module, name, function = known
+        found = sys.modules.get(module)
+        if found is not None and found.__dict__.get(name) is function:
+            return function, pickle.loads(incoming[end : -len(_PAIR)] + _STOP)
+    call = pickle.loads(incoming)
+    if len(_functions) >= _MOST_HEADS:
+        _functions.clear()
+    module, name = head[len(_BY_NAME) : -1].decode().split("\n")
+    _functions[head] = module, name, call[0]
+    return call
+
+
 def outcome_of(incoming: Incoming) -> Outgoing:
     """Run the call in ``incoming``; the message that tells how it ended. Raises nothing that a task may raise."""
     try:
-        function, (args, options, variables) = decode(incoming)
+        function, (args, options, variables) = _decode_call(incoming)
     except BaseException as error:
         return failure(UNDECODED, error)
     try:

@@ -11,7 +11,7 @@ from .._fd import Fd
 from .._segments import _segment
 from . import _ring
 from ._lifeline import Lifeline
-from ._worker import ASLEEP, Cells
+from ._worker import ASLEEP, LOOKED_FOR, Cells
 
 
 class Commons:
@@ -41,6 +41,10 @@ class Commons:
         """The thread looks at everything: nobody needs to wake it."""
         self._common[ASLEEP] = 0
 
+    def expect_looks(self, expected: bool) -> None:
+        """Whether who waits for an outcome comes for it at once, most likely, so that the thread can sleep on."""
+        self._common[LOOKED_FOR] = expected
+
     def notify(self) -> None:
         """Wake the thread, if it is still there."""
         with self._wake_lock:
@@ -61,6 +65,6 @@ class Commons:
             self.lifeline.close()
             self.logs_sender.close()
             self.logs.close()
-            self._common.release()
+            self._common = _ring.BLANK
             self.cells.close()
             self.cells_fd.close()

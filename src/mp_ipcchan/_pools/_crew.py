@@ -24,6 +24,7 @@ from .._fd import Fd
 from .._interrupt import raised_by_handler
 from . import _call, _logs, _resident
 from ._commons import Commons
+from ._future import begin
 from ._member import ENDING, STARTING, Member
 from ._schedule import TARGET, Lane, Schedule
 from ._task import Task, TaskTimeoutError, WorkerLostError
@@ -224,8 +225,7 @@ class Crew:
             worker.levels = levels
             self._schedule.insert(key, len(tasks))
             worker.tell(_call.encode_call(_logs.set_levels, (levels,), {}))
-        for task in tasks:
-            task.future._begin()
+        begin(tasks)
         if not worker.send(tasks):
             self._catch_up(key)
         if lane.room == 0:
@@ -245,7 +245,8 @@ class Crew:
         for key, worker in self.workers.items():
             self._watch(key, worker)
         for key, lane in self._schedule.lanes.items():
-            self._schedule.weigh(key)
+            self._schedule.finish_answer(key)
+            self.workers[key].drop(lane.answered)
             self.workers[key].head_since = time.monotonic()
             self._catch_up(key)
             if lane.room == 0:

@@ -62,15 +62,16 @@ class Engine(Hearing):
 
         Where a signal's handler raises in here, it may be run or not; all others are run.
         """
-        future = task.future
-        future._task, future._abandon = task, self._abandon
+        task.engine = self
+        task.future._task = task
         if task.timeout is not None:
             self._timed = True
-        self.check()
+        if self._closing or self._broken:
+            self.check()
         try:
             self._schedule.pending.append(task)
             # The usual case where many are submitted, without the lock: whoever takes ``_saturated`` back looks at what
-            # waits after that, and this looks at ``_saturated`` after it is among those.
+            # waits after that, and this looks at ``_saturated`` after it is among those. A forked child has no workers.
             if self._saturated and len(self.workers) == self._size:
                 return
             with self._lock:
@@ -130,7 +131,7 @@ class Engine(Hearing):
         if self._pid != os.getpid():
             raise RuntimeError(f"this pool belongs to process {self._pid}: a forked child makes one of its own")
 
-    def _abandon(self, task: Task) -> None:
+    def abandon(self, task: Task) -> None:
         """``task`` was cancelled: if a worker has it, don't let it begin it, or stop it. What waits is never given."""
         self._abandoned.append(task)
         self._notify()
@@ -227,7 +228,7 @@ class Engine(Hearing):
 
     def disown(self) -> None:
         """In a forked child, which has neither the thread nor the workers: close all that is the parent's."""
-        self._lock = threading.RLock()
+        self._make_lock()
         self._torn = False
         self._thread = None
         workers = list(self.workers.values())

@@ -44,11 +44,11 @@ class _Submits(Executor):
         return self._submit(fn, args, kwargs)
 
     def _submit(self, fn: Callable[..., T], args: Any, kwargs: Any) -> Future[T]:
-        self._engine.check()
         future: Future[T] = Future()
         try:
             task = Task(fn, args, kwargs, self._timeout, self._retries, future)
         except Exception as error:
+            self._engine.check()
             future.set_exception(error)
             return future
         self._engine.submit(task)

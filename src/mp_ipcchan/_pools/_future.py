@@ -1,20 +1,22 @@
-"""Futures that cost little: what most of them never need, a condition to wait on, is made when somebody waits.
+"""Futures that cost little: one lock for all of them, and nothing else that most of them never need.
 
 The stdlib's makes a condition, a lock, three lists and five bound methods for each, which the garbage collector
-then looks at again and again: with ten thousand tasks waiting that is most of what submitting costs.
+then looks at again and again: with ten thousand tasks waiting that is most of what submitting costs, and ``wait``
+acquires each.
 
-Until there is a condition, the state changes under ``_young``, which is held for nothing else. Whoever makes
-a condition holds it, too; from then on the stdlib's code and ours change the state under the condition.
+The lock is held for a change of state, never while anything of the user's runs; it is acquired and released in C, so
+no signal's handler can leave it held.
 """
 
 from __future__ import annotations
 
-import operator
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import Future as StdlibFuture
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import _base as _futures
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
     from ._task import Task
@@ -24,56 +26,13 @@ T = TypeVar("T")
 _ENDED = frozenset((_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED, _futures.FINISHED))
 _CANCELLED = frozenset((_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED))
 
-#: Reentrant: a finaliser may cancel a future anywhere.
-_young = threading.RLock()
+#: For a shorter time (seconds) nobody looks before sleeping.
+_LONG = 0.001
 
-
-class _Condition:
-    """A ``threading.Condition`` that costs a third, and whose lock is taken and released in C.
-
-    The stdlib's is entered in Python code: Ctrl-C there leaves its lock held, and the pool's thread would wait for it.
-    """
-
-    __slots__ = ("_lock", "_waiters")
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._waiters: list[Any] = []
-
-    acquire: Any = property(operator.attrgetter("_lock.acquire"))
-    release: Any = property(operator.attrgetter("_lock.release"))
-    __enter__: Any = property(operator.attrgetter("_lock.__enter__"))
-    __exit__: Any = property(operator.attrgetter("_lock.__exit__"))
-    _is_owned: Any = property(operator.attrgetter("_lock._is_owned"))
-    _release_save: Any = property(operator.attrgetter("_lock._release_save"))
-    _acquire_restore: Any = property(operator.attrgetter("_lock._acquire_restore"))
-    wait: Any = threading.Condition.wait
-    notify: Any = threading.Condition.notify
-
-    def notify_all(self) -> None:
-        if self._waiters:
-            self.notify(len(self._waiters))
-
-
-class _Ended:
-    """The condition of all futures that have ended: nothing changes there, so there is nothing to hold.
-
-    Who waits for thousands of futures asks for the condition of each, and many have ended by then.
-    """
-
-    def acquire(self, *_: object) -> bool:
-        return True
-
-    def __enter__(self) -> bool:
-        return True
-
-    def release(self, *_: object) -> None: ...
-
-    __exit__ = release
-    notify_all = release
-
-
-_ended = _Ended()
+#: Every future's. Reentrant: ``wait`` acquires that of each, and a finaliser may cancel a future anywhere.
+_lock: Final = threading.RLock()
+# In place: every future has it. The thread that may have held it at the fork is not in the child.
+os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class Future(StdlibFuture[T], Generic[T]):
@@ -83,27 +42,17 @@ class Future(StdlibFuture[T], Generic[T]):
     _state = _futures.PENDING
     _result: Any = None
     _exception: BaseException | None = None
-    _late_condition: _Condition | None = None
+    #: All that the stdlib uses of a condition but to wait and to notify, which is done here.
+    _condition: Any = _lock
     _late_waiters: list[Any] | None = None
     _late_callbacks: list[Any] | None = None
-    #: Called with the task when it is cancelled: takes it out of the queue, or ends the worker that runs it.
-    _abandon: Callable[[Task], None] | None = None
+    #: A lock for each thread that waits in ``result`` or ``exception``, to be released at the end.
+    _sleepers: list[Any] | None = None
+    #: What it is the future of. Not kept once it has ended: who keeps the future doesn't keep the arguments.
     _task: Task | None = None
 
     def __init__(self) -> None:
         pass
-
-    @property
-    def _condition(self) -> Any:  # type: ignore[override]
-        condition = self._late_condition
-        if condition is None:
-            if self._state in _ENDED:
-                return _ended
-            with _young:
-                condition = self._late_condition
-                if condition is None:
-                    condition = self._late_condition = _Condition()
-        return condition
 
     @property
     def _waiters(self) -> list[Any]:
@@ -123,18 +72,17 @@ class Future(StdlibFuture[T], Generic[T]):
 
     def cancel(self) -> bool:
         """Cancel the task, running or not; False only where it has finished."""
-        with self._condition:
+        with _lock:
             if self._state in _CANCELLED:
                 return True
             if self._state == _futures.FINISHED:
                 return False
             self._state = _futures.CANCELLED
-            self._condition.notify_all()
+            self._wake()
             self.set_running_or_notify_cancel()
-            abandon, task = self._abandon, self._task
-            self._forget()
-        if abandon is not None and task is not None:
-            abandon(task)
+            task, self._task = self._task, None
+        if task is not None:
+            task.abandon()
         self._invoke_callbacks()
         return True
 
@@ -155,46 +103,104 @@ class Future(StdlibFuture[T], Generic[T]):
 
         ``concurrent.futures.TimeoutError`` where it has not ended after ``timeout`` seconds.
         """
+        if self._state not in _ENDED:
+            if timeout is None or timeout > _LONG:
+                self._look()
+            self._sleep(timeout)
         if self._state == _futures.FINISHED and self._exception is None:
             return self._result  # type: ignore[no-any-return]
-        return super().result(timeout)
+        return super().result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the task raised, None if it didn't; raise ``CancelledError`` if it was cancelled.
+
+        ``concurrent.futures.TimeoutError`` where it has not ended after ``timeout`` seconds.
+        """
+        if self._state not in _ENDED:
+            self._sleep(timeout)
+        return super().exception()
+
+    def _look(self) -> None:
+        """See whether it ends in a moment, without having to be woken for it."""
+        task = self._task
+        if task is not None and task.engine is not None:
+            task.engine.look_for(task, self)
+
+    def _sleep(self, timeout: float | None) -> None:
+        """Until it has ended; ``TimeoutError`` after ``timeout`` seconds."""
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        with _lock:
+            if self._state in _ENDED:
+                return
+            if self._sleepers is None:
+                self._sleepers = []
+            self._sleepers.append(sleeper)
+        if timeout is None:
+            sleeper.acquire()
+        elif not (sleeper.acquire(timeout=timeout) if timeout > 0 else sleeper.acquire(False)):
+            with _lock:
+                if self._state not in _ENDED:
+                    self._sleepers.remove(sleeper)
+                    raise FutureTimeoutError
+
+    def _wake(self) -> None:
+        """It has ended: let those who wait for that go on. The lock is held."""
+        for sleeper in self._sleepers or ():
+            sleeper.release()
+        self._sleepers = None
 
     def set_result(self, result: T) -> None:
         """End with a result. For executors and tests."""
-        with _young:
-            condition = self._late_condition
-            if condition is None and self._state not in _ENDED:
-                self._result = result
-                self._state = _futures.FINISHED
-                return
-        if condition is None:
-            super().set_result(result)  # which says what is wrong
-            return
-        with condition:
+        with _lock:
             if self._state in _ENDED:
                 raise _futures.InvalidStateError(f"{self._state}: {self!r}")
             self._result = result
             self._state = _futures.FINISHED
+            self._task = None
+            if self._late_waiters:
+                for waiter in self._late_waiters:
+                    waiter.add_result(self)
+            if self._sleepers:
+                self._wake()
+        if self._late_callbacks:
+            self._invoke_callbacks()
+
+    def settle_alone(self, result: T) -> bool:
+        """End with a result where only the calling thread waits for it; False, with nothing done, where others may.
+
+        A signal's handler may raise in here: it has ended then, or has not.
+        """
+        with _lock:
+            if self._state in _ENDED or self._late_waiters or self._late_callbacks or self._sleepers:
+                return False
+            self._result = result
+            self._state = _futures.FINISHED
+            self._task = None
+        return True
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """End with an exception. For executors and tests."""
+        with _lock:
+            if self._state in _ENDED:
+                raise _futures.InvalidStateError(f"{self._state}: {self!r}")
+            self._exception = exception
+            self._state = _futures.FINISHED
+            self._task = None
             for waiter in self._late_waiters or ():
-                waiter.add_result(self)
-            condition.notify_all()
+                waiter.add_exception(self)
+            self._wake()
         self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
         if self._late_callbacks is not None:
             super()._invoke_callbacks()  # type: ignore[misc]
 
-    def _begin(self) -> None:
-        """It was given to a worker, perhaps not for the first time."""
-        with _young:
-            condition = self._late_condition
-            if condition is None and self._state == _futures.PENDING:
-                self._state = _futures.RUNNING
-        if condition is not None:
-            with condition:
-                if self._state == _futures.PENDING:
-                    self._state = _futures.RUNNING
 
-    def _forget(self) -> None:
-        """It has ended: who keeps the future doesn't keep the arguments."""
-        self._task = self._abandon = None
+def begin(tasks: Iterable[Task]) -> None:
+    """They were given to a worker, perhaps not for the first time."""
+    with _lock:
+        for task in tasks:
+            future = task.future
+            if future._state == _futures.PENDING:
+                future._state = _futures.RUNNING

@@ -7,7 +7,6 @@ future's callbacks).
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from .._inlet import NoRoom
 from .._message import Incoming
 from .._segments._segment_pool import IDLE_AFTER
 from . import _call, _logs, _outcome
-from ._crew import Crew
+from ._looking import Looking
 from ._member import ENDING, OPEN, STARTING, Member
 from ._worker import READY, Setup
 
@@ -26,7 +25,7 @@ from ._worker import READY, Setup
 _MOST_RECORDS = 256
 
 
-class Hearing(Crew):
+class Hearing(Looking):
     """A crew, and who hears from it."""
 
     def __init__(
@@ -41,11 +40,6 @@ class Hearing(Crew):
         super().__init__(context, size, setup, max_tasks)
         self._remote_traceback = remote_traceback
         self._unsendable_result = unsendable
-        self._lock = threading.RLock()
-        #: No more tasks are taken.
-        self._closing = False
-        #: ``submit`` has raised: everything is looked at once.
-        self._interrupted = False
         #: What waits is to be cancelled.
         self._cancelling = False
 
@@ -70,7 +64,11 @@ class Hearing(Crew):
                     self._cancel_waiting()
                 self._release()
                 return
-            commons.falls_asleep()
+            longest = self.longest_sleep()
+            if longest is not None:
+                patience = longest if patience is None else min(patience, longest)
+            if not self.is_looking:
+                commons.falls_asleep()
             if any(worker.has_more for worker in list(self.workers.values())):
                 patience = 0
             resting = patience is None and any(worker.keeps_memory for worker in list(self.workers.values()))
@@ -115,17 +113,23 @@ class Hearing(Crew):
     def _hear(self, key: int, readable: bool = True) -> None:
         """Take the outcomes that a worker has sent. ``readable``: whether its channel is."""
         worker = self.workers[key]
-        incoming, ended = worker.receive(readable)
-        if ended:
-            self._ignore(worker.results_fd)
-        if incoming and worker.state == STARTING:
-            self._begin(key, worker, incoming.popleft())
-        if not incoming:
-            return
         with self._lock:
-            if self._broken:
+            if self._torn:
+                self._mend()
+            incoming, ended = worker.receive(readable, self._answered(key))
+            if ended:
+                self._ignore(worker.results_fd)
+            if incoming and worker.state == STARTING:
+                self._begin(key, worker, incoming.popleft())
+            if not incoming:
                 return
-            tasks = [self._schedule.answer(key) for _ in incoming]
+            if self._broken:
+                # Those that it had have failed.
+                self._schedule.lanes[key].answered += len(incoming)
+                return
+            if not self.is_looking:
+                self._expect_looks(False)
+            tasks = self._schedule.answer(key, len(incoming))
             worker.head_since = time.monotonic()
             self._schedule.measure(len(tasks), worker.newly_busy())
             self._saturated = False
@@ -165,16 +169,15 @@ class Hearing(Crew):
     def _begin(self, key: int, worker: Member, incoming: Incoming) -> None:
         """A worker's first words."""
         said = _call.decode(incoming)
-        with self._lock:
-            if said == READY:
-                # It may have been told to end while it started.
-                told = worker.tasks.closed
-                worker.state = ENDING if told else OPEN
-                self._false_starts = self._killed_starts = 0
-                self._schedule.open(key, 0 if told else self._max_tasks)
-                self._dispatch()
-            elif not self._broken:
-                self._break(said[1])
+        if said == READY:
+            # It may have been told to end while it started.
+            told = worker.tasks.closed
+            worker.state = ENDING if told else OPEN
+            self._false_starts = self._killed_starts = 0
+            self._schedule.open(key, 0 if told else self._max_tasks)
+            self._dispatch()
+        elif not self._broken:
+            self._break(said[1])
 
     def _bury(self, key: int) -> None:
         """A worker has died: take what it has sent, settle its tasks, replace it."""
@@ -197,7 +200,7 @@ class Hearing(Crew):
 
     def _answered(self, key: int) -> int:
         lane = self._schedule.lanes.get(key)
-        return lane.answered if lane else -1
+        return lane.answered if lane else 0
 
     def _finished(self) -> bool:
         """Whether everything is done; ends the workers when the tasks are."""

@@ -15,7 +15,7 @@ from .._message import Incoming, Outgoing
 from .._receiver import Receiver
 from .._sender import Sender
 from ..errors import ProtocolError
-from . import _call
+from . import _call, _ring
 from ._lifeline import interrupts_held_back
 from ._ring import Reader, fence
 from ._task import Task
@@ -32,7 +32,6 @@ class Member:
 
     __slots__ = (
         "_cell",
-        "_heard",
         "_ring",
         "busy",
         "fault",
@@ -59,8 +58,6 @@ class Member:
         self.slot = slot
         self._cell = cells.cell(slot)
         self._ring = Reader(cells.ring(slot), self._cell, HEAD, TAIL)
-        #: How many outcomes it has sent, as far as received.
-        self._heard = 0
         self.state = STARTING
         #: Since when (monotonic seconds) its first unanswered task has been that.
         self.head_since = 0.0
@@ -112,7 +109,7 @@ class Member:
         try:
             for number, task in enumerate(tasks):
                 item = task.item
-                if isinstance(item, bytes):
+                if item.__class__ is bytes:
                     frames.append(item)
                     continue
                 outlet.send_all(frames)
@@ -150,14 +147,17 @@ class Member:
         if not self.tasks.closed:
             self.tell(_call.order_to_catch_up(total))
 
-    def receive(self, readable: bool) -> tuple[deque[Incoming], bool]:
-        """What it has sent, in order, and whether that was the end. ``readable``: whether its channel is."""
+    def receive(self, readable: bool, answered: int) -> tuple[deque[Incoming], bool]:
+        """What it has sent, in order, and whether that was the end. ``readable``: whether its channel is.
+
+        ``answered``: how many outcomes have been received before.
+        """
         found: deque[Any] = deque()
         ended = False
         while True:
             before = len(found)
-            self._ring.take(self._heard, found)
-            self._heard += len(found) - before
+            self._ring.take(answered, found)
+            answered += len(found) - before
             # A gap in the ring: the next one came by the channel.
             if not readable and not self._ring:
                 break
@@ -170,9 +170,18 @@ class Member:
             readable = False
             found.extend(packets)
             if self.state != STARTING:
-                self._heard += len(packets)
-        self._cell[ANSWERED] = self._heard
+                answered += len(packets)
+        self._cell[ANSWERED] = answered
         return found, ended
+
+    def peek(self, answered: int) -> bytes | None:
+        """The next outcome, after so many, if it is in the ring, and nothing was logged before it; it stays."""
+        return None if self._cell[LOGGED] != self.logged else self._ring.peek(answered)
+
+    def drop(self, answered: int) -> None:
+        """So many outcomes have been seen to, with one that ``peek`` found."""
+        self._ring.skip(answered)
+        self._cell[ANSWERED] = answered
 
     def _receive_packets(self) -> tuple[deque[Any], bool]:
         """The next that came by the channel, and whether there was the end instead."""
@@ -268,7 +277,7 @@ class Member:
         self.tasks.close()
         self.results.close()
         self._ring.close()
-        self._cell.release()
+        self._cell = _ring.BLANK
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)

@@ -26,7 +26,8 @@ def settle(
     Decoding is the user's code, and so are the future's callbacks: whatever they raise concerns this task alone.
     """
     try:
-        kind, *rest = _call.decode(incoming)
+        outcome = _call.decode(incoming)
+        kind = outcome[0]
     except BaseException as error:
         wrapped = SerializationError(f"the result of {task.name} can't be unpickled: {error}")
         wrapped.__cause__ = error
@@ -34,7 +35,7 @@ def settle(
         return True
     if kind == _call.DONE:
         try:
-            task.succeed(rest[0])
+            task.succeed(outcome[1])
         except BaseException:
             report("exception calling callback")
         return True
@@ -53,7 +54,7 @@ def settle(
         except Exception:
             # The worker's error says more.
             pass
-    text, pickled, *shown = rest
+    _, text, pickled, *shown = outcome
     raised = revive(text, pickled, remote_traceback)
     if shown and unsendable is not None:
         raised = unsendable(raised, *shown)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import Final
 
 #: Bytes of a ring; a multiple of 8, as everything in it.
 SIZE = 65536
@@ -16,6 +17,11 @@ SIZE = 65536
 LARGEST = 4096
 #: In place of a size: the rest up to the end of the ring is unused.
 _WRAP = 0xFFFFFFFF
+#: Numbers count modulo 2**32: one that is further ahead than this is behind.
+_FAR = 0x7FFFFFFF
+
+#: In place of the memory, where that is no more.
+BLANK: Final = memoryview(bytearray(256)).cast("Q")
 
 _fence = threading.Lock()
 
@@ -70,31 +76,66 @@ class Reader:
         """Whether there is anything to read."""
         return self._cell[self._head] != self._at
 
-    def take(self, number: int, into: deque[bytes]) -> None:
-        """Read the records from ``number`` on, as long as they follow each other without a gap."""
-        head = self._cell[self._head]
+    def _front(self) -> tuple[int, int] | None:
+        """Where the next record begins (as ``_at``), and its first word; None where there is none."""
         at = self._at
+        if self._cell[self._head] == at:
+            return None
+        fence()
+        word = self._words[at % SIZE >> 3]
+        if word & 0xFFFFFFFF == _WRAP:
+            at += SIZE - at % SIZE
+            word = self._words[0]
+        return at, word
+
+    def peek(self, number: int) -> bytes | None:
+        """The next record, if it is this one; it stays. Another thread may ``take`` meanwhile, or ``close``."""
+        before = self._at
+        front = self._front()
+        if front is None or front[1] >> 32 != number & 0xFFFFFFFF:
+            return None
+        at, word = front
+        begin = at % SIZE + 8
+        frame = bytes(self._bytes[begin : begin + (word & 0xFFFFFFFF)])
+        # Else the writer may have begun to write there.
+        return frame if self._at == before else None
+
+    def skip(self, number: int) -> None:
+        """Drop the records before ``number``."""
+        while (front := self._front()) and (front[1] >> 32) - number & 0xFFFFFFFF > _FAR:
+            at, word = front
+            self._at = at + 8 + ((word & 0xFFFFFFFF) + 7 & ~7)
+        fence()
+        self._cell[self._tail] = self._at
+
+    def take(self, number: int, into: deque[bytes]) -> None:
+        """Read the records from ``number`` on, as long as they follow each other without a gap; drop older ones."""
+        head, at = self._cell[self._head], self._at
         if at == head:
             return
         fence()
-        words, data = self._words, self._bytes
+        words, copied, begin = self._words, b"", 0
         while at < head:
             position = at % SIZE
+            if not copied or not position:
+                # At once: a slice of bytes costs a third of a view's.
+                copied, begin = bytes(self._bytes[position : position + head - at]), position - 8
             word = words[position >> 3]
             size = word & 0xFFFFFFFF
             if size == _WRAP:
                 at += SIZE - position
                 continue
-            if word >> 32 != number & 0xFFFFFFFF:
+            ahead = (word >> 32) - number & 0xFFFFFFFF
+            if not ahead:
+                into.append(copied[position - begin : position - begin + size])
+                number += 1
+            elif ahead <= _FAR:
                 break
-            into.append(bytes(data[position + 8 : position + 8 + size]))
             at += 8 + (size + 7 & ~7)
-            number += 1
         self._at = at
         fence()
         self._cell[self._tail] = at
 
     def close(self) -> None:
-        """Let go of the memory."""
-        self._words.release()
-        self._bytes.release()
+        """Let go of the memory. There is nothing to read from then on, for threads that still look, too."""
+        self._at, self._cell, self._words, self._bytes = 0, BLANK, BLANK, BLANK

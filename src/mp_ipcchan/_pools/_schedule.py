@@ -32,7 +32,7 @@ _WEIGHT = 0.25
 class Lane(Generic[T]):
     """A worker, as far as scheduling goes."""
 
-    __slots__ = ("answered", "given", "key", "load", "room")
+    __slots__ = ("answered", "given", "key", "leaving", "load", "room")
 
     def __init__(self, key: int, room: int | None) -> None:
         self.key = key
@@ -40,6 +40,8 @@ class Lane(Generic[T]):
         self.given: deque[T | None] = deque()
         #: How many were answered so far: the number of the first one in ``given``, counted from 0.
         self.answered = 0
+        #: The task that is being taken from ``given``, and ``answered`` behind that.
+        self.leaving: tuple[T | None, int] | None = None
         #: How many more it may be given before it is replaced; None for any number.
         self.room = room
         #: The weight of the tasks in ``given`` that were not taken back.
@@ -135,19 +137,43 @@ class Schedule(Generic[T]):
             tasks.append(task)
         return tasks
 
-    def answer(self, key: int) -> T | None:
-        """The lane has answered: which task; None for one that was taken back."""
+    def answer(self, key: int, count: int) -> list[T | None]:
+        """The lane has answered ``count`` times: which tasks; None for one that was taken back."""
         lane = self.lanes[key]
-        lane.answered += 1
-        task = lane.given.popleft()
-        if task is not None:
-            lane.load -= self._weight(task)
-        return task
+        tasks = [lane.given.popleft() for _ in range(count)]
+        lane.answered += count
+        lane.load -= sum(self._weight(task) for task in tasks if task is not None)
+        return tasks
+
+    def answer_one(self, key: int) -> None:
+        """As ``answer``, where a signal's handler may raise: ``finish_answer`` mends what that interrupts."""
+        lane = self.lanes[key]
+        lane.leaving = lane.given[0], lane.answered + 1
+        self.finish_answer(key)
+
+    def finish_answer(self, key: int) -> None:
+        """Do the rest of an ``answer_one`` that was interrupted, if there was one."""
+        lane = self.lanes[key]
+        if lane.leaving is not None:
+            task, answered = lane.leaving
+            if lane.given and lane.given[0] is task:
+                lane.given.popleft()
+            lane.answered = answered
+            lane.leaving = None
+        self.weigh(key)
 
     def insert(self, key: int, behind: int) -> None:
         """Something that nobody waits for goes to the lane, ahead of the last ``behind`` it was given."""
         given = self.lanes[key].given
         given.insert(len(given) - behind, None)
+
+    def sole(self, task: T) -> int | None:
+        """The lane that has ``task`` and nothing else, if nothing waits either."""
+        if not self.pending:
+            for lane in list(self.lanes.values()):
+                if [*islice(lane.given, 2)] == [task]:
+                    return lane.key
+        return None
 
     def waiting_elsewhere(self) -> Lane[T] | None:
         """The lane with most tasks that wait behind another, if some lane has nothing to do and nothing else waits."""

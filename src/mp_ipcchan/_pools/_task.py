@@ -57,6 +57,7 @@ class Task:
     __slots__ = (
         "args",
         "by_value",
+        "engine",
         "function",
         "future",
         "item",
@@ -79,6 +80,8 @@ class Task:
         future: Future[Any] | Ticket | None = None,
     ) -> None:
         self.function, self.args, self.options = function, args, options
+        #: Whom it was given to.
+        self.engine: Any = None
         self.timeout = timeout
         self.retries = retries
         #: Who waits.
@@ -106,7 +109,6 @@ class Task:
             self.future.set_result(result)
         except InvalidStateError:
             pass
-        self.future._forget()
 
     def fail(self, error: BaseException) -> None:
         """End with an error; what was cancelled meanwhile stays so."""
@@ -114,7 +116,11 @@ class Task:
             self.future.set_exception(error)
         except InvalidStateError:
             pass
-        self.future._forget()
+
+    def abandon(self) -> None:
+        """Nobody wants the result any more: don't let it begin, or stop it."""
+        if self.engine is not None:
+            self.engine.abandon(self)
 
     @property
     def name(self) -> str:

@@ -14,19 +14,15 @@ from typing import Any
 class Ticket:
     """Calls ``settle(succeeded, result or exception)``, once."""
 
-    __slots__ = ("_abandon", "_settle", "_task")
+    __slots__ = ("_settle", "_task")
+
+    #: Nobody asks in which state it is before it is settled, so none is kept.
+    _state = None
 
     def __init__(self, settle: Callable[[bool, Any], None]) -> None:
         self._settle: Callable[[bool, Any], None] | None = settle
-        #: The engine's, as a future's.
-        self._abandon: Callable[[Any], None] | None = None
+        #: As a future's.
         self._task: Any = None
-
-    def _begin(self) -> None:
-        """Nobody asks in which state it is before it is settled, so none is kept."""
-
-    def _forget(self) -> None:
-        """What it had, it has let go when it was settled."""
 
     def cancelled(self) -> bool:
         """Whether nobody wants to know any more."""
@@ -34,11 +30,11 @@ class Ticket:
 
     def cancel(self) -> bool:
         """Have the task stopped, where it hasn't ended."""
-        abandon, task = self._abandon, self._task
-        if self._settle is None or abandon is None or task is None:
+        task = self._task
+        if self._settle is None or task is None:
             return False
         self._end(False, CancelledError())
-        abandon(task)
+        task.abandon()
         return True
 
     def set_result(self, result: object) -> None:
@@ -50,6 +46,6 @@ class Ticket:
     def _end(self, succeeded: bool, outcome: Any) -> None:
         settle, self._settle = self._settle, None
         # The task refers to this: nothing is to wait for the garbage collector.
-        self._task = self._abandon = None
+        self._task = None
         if settle is not None:
             settle(succeeded, outcome)

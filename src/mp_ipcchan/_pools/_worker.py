@@ -26,8 +26,13 @@ from ._lifeline import end_with, ignore_interrupts
 CELL_WORDS = 16
 STARTED, BUSY, LOGGED, HEAD = range(4)
 TAKEN_FROM, TAKEN_TO, TAIL, ANSWERED = range(8, 12)
-#: The first word of the cell behind all others: whether the parent's thread sleeps, or is about to.
-ASLEEP = 0
+#: Words of the cell behind all others: whether the parent's thread sleeps, or is about to; and whether the thread that
+#: waits for an outcome has come in time, last, to take it itself.
+ASLEEP, LOOKED_FOR = range(2)
+#: For how long (nanoseconds) a worker waits for that one, before it wakes the other.
+_COURTESY = 20_000
+#: And how often it looks for its next task then, before it sleeps; about a microsecond each.
+_EAGER = 64
 
 #: What a worker sends first: it is ready, or not, and why.
 READY = ("ready",)
@@ -118,10 +123,12 @@ class _Outbox:
 
     def send(self, number: int, outcome: Outgoing) -> None:
         """Hand over the outcome of a task. Then it counts, whatever the next task does to this process."""
-        if not self._is_asleep() and isinstance(outcome, bytes) and self._ring.put(number, outcome):
+        common = self._common
+        asleep = common[ASLEEP] and self._cell[ANSWERED] >= self._noticed
+        if (not asleep or common[LOOKED_FOR]) and outcome.__class__ is bytes and self._ring.put(number, outcome):
             # It may have gone to sleep meanwhile. It says so before it looks, as we write before we ask.
             _ring.fence()
-            if self._is_asleep():
+            if common[ASLEEP] and self._cell[ANSWERED] >= self._noticed and not self._is_awaited():
                 self._noticed = number + 1
                 self._send(_call.WAKE_FRAME)
             return
@@ -134,8 +141,19 @@ class _Outbox:
             # No descriptors or memory left for a large result. The text of it needs neither.
             self._send(_call.failure(_call.RAISED, error))
 
-    def _is_asleep(self) -> bool:
-        return bool(self._common[ASLEEP]) and self._cell[ANSWERED] >= self._noticed
+    def is_looked_for(self) -> int:
+        """Whether who waits for an outcome takes it at once, as far as known."""
+        return self._common[LOOKED_FOR]
+
+    def _is_awaited(self) -> bool:
+        """Whether somebody comes in a moment for what was put in the ring."""
+        common = self._common
+        until = time.perf_counter_ns() + _COURTESY
+        while True:
+            if not common[ASLEEP]:
+                return True
+            if not common[LOOKED_FOR] or time.perf_counter_ns() > until:
+                return False
 
 
 def _initialize_and_serve(
@@ -181,6 +199,7 @@ def _leave(outcome: Outgoing) -> NoReturn:
 def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, enough: float | None) -> None:
     now = time.perf_counter_ns
     own = os.getpid()
+    expect = tasks._open_link().inlet.expect
     number = 0
     while True:
         incoming: Incoming | None = tasks._take(True, None)
@@ -211,6 +230,9 @@ def _serve(tasks: Receiver[Any], outbox: _Outbox, cell: memoryview, enough: floa
         # Not kept while waiting for the next.
         incoming = None
         outbox.send(number, outcome)
+        if outbox.is_looked_for():
+            # Who has got it may send the next one at once.
+            expect(_EAGER)
         del outcome
         number += 1
         if enough is not None and _resident.resident() > enough:
