@@ -89,10 +89,11 @@ def checklist(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def as_text(checked: Sequence[dict[str, Any]]) -> str:
     """For people."""
-    width = max(len(one["target"]) for one in checked)
-    lines = []
-    for one in checked:
-        figure = "-" if one["figure"] is None else f"{one['figure']:.2f}"
-        verdict = {True: "met", False: "not met", None: "not measured"}[one["met"]]
-        lines.append(f"{one['target'].ljust(width)}  {figure.rjust(7)}  {verdict}")
+    measured = [one for one in checked if one["met"] is not None]
+    width = max((len(one["target"]) for one in measured), default=0)
+    lines = [
+        f"{one['target'].ljust(width)}  {one['figure']:7.2f}  {'met' if one['met'] else 'not met'}" for one in measured
+    ]
+    if len(measured) < len(checked):
+        lines.append(f"({len(checked) - len(measured)} more were not measured)")
     return "\n".join(["targets, and the figure of this run", "", *lines])
