@@ -34,8 +34,7 @@ class ForkPopen(popen_fork.Popen):
         moving: list[MovingHandle] = []
         try:
             for endpoint in given:
-                if not endpoint.closed:
-                    moving += _moving_with(endpoint)
+                moving += _moving_with(endpoint)
             self._fork(process_obj, given, moving)
         except BaseException:
             for handle in reversed(moving):
@@ -70,7 +69,9 @@ class ForkPopen(popen_fork.Popen):
 
 
 def _moving_with(endpoint: Endpoint) -> Sequence[MovingHandle]:
-    """What goes with ``endpoint`` into a forked child, which inherits all else."""
+    """What goes with ``endpoint`` into a forked child, which inherits all else; nothing where it is closed."""
+    if endpoint.closed:
+        return ()
     handles = detach(endpoint)[1] if isinstance(endpoint, ReceivingEnd) else endpoint._moving()
     for handle in handles:
         # Some make their descriptor now, and it is to be inherited.

@@ -144,26 +144,3 @@ def test_pure_modules_do_not_act() -> None:
             alias.name for node in ast.walk(modules[name]) if isinstance(node, ast.Import) for alias in node.names
         }
         assert not imported & ACTING, name
-
-
-def test_no_loop_that_a_signal_gets_out_of() -> None:
-    """From CPython 3.12 on the jump of ``while condition:`` is covered by no ``try`` or ``with`` around it.
-
-    What a signal's handler raises there gets past them: a lock would stay locked. ``while True`` and
-    ``for`` are covered.
-    """
-    found = [
-        f"{name}, line {line}" for name, tree in _modules().items() for line in _conditional_loops(tree, inside=False)
-    ]
-    assert not found, found
-
-
-def _conditional_loops(node: ast.AST, inside: bool) -> list[int]:
-    found = []
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.While) and inside and not isinstance(child.test, ast.Constant):
-            found.append(child.lineno)
-        protects = isinstance(child, (ast.Try, ast.With))
-        starts_anew = isinstance(child, (ast.FunctionDef, ast.Lambda))
-        found += _conditional_loops(child, (inside or protects) and not starts_anew)
-    return found

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections import deque
+from typing import Any
 
-from mp_ipcchan._pools import _ring
+import pytest
+
+from mp_ipcchan._pools import _future, _ring
+
+from ..conformance._support import LIMIT, InThread
 
 
 def _pair() -> tuple[_ring.Writer, _ring.Reader]:
@@ -104,3 +111,24 @@ def test_round_and_round() -> None:
                 taken += 1
             assert not waiting
     assert taken > 1000
+
+
+@pytest.mark.parametrize("lock", [_ring._fence, _future._lock], ids=["fence", "futures"])
+def test_lock_that_another_thread_holds_at_a_fork(lock: Any) -> None:
+    """It is free in the child, whatever that thread was doing."""
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            go.wait(LIMIT)
+
+    thread = InThread(hold)
+    assert held.wait(LIMIT)
+    child = os.fork()
+    if not child:
+        os._exit(0 if lock.acquire(timeout=LIMIT) else 1)
+    _, status = os.waitpid(child, 0)
+    go.set()
+    thread.result()
+    assert status == 0

@@ -220,9 +220,8 @@ def _tidy() -> None:
 def come_back() -> None:
     """Have somebody look for sources that are ``holding``, which the kernel doesn't know of."""
     with lock:
-        for waiter in (_board.leader, _board.thread):
-            if waiter is not None:
-                waiter.wake()
+        for waiter in filter(None, (_board.leader, _board.thread)):
+            waiter.wake()
 
 
 def pump_all() -> bool:

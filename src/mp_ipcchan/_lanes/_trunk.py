@@ -182,15 +182,19 @@ class Trunk:
         self.link._forget()
         self.link._close()
 
+    def hand_on(self) -> None:
+        """What lanes have waiting for the other side to read becomes the socket's."""
+        for tail in list(self.sending.values()):
+            if tail.outlet.backlog:
+                tail.outlet.spill()
+
 
 def _hand_on_all() -> None:
     """When the process ends: what lanes have waiting for the other sides to read becomes the sockets'."""
     _switchboard.pump_all()
     with _switchboard.lock:
         for trunk in list(_trunks):
-            for tail in list(trunk.sending.values()):
-                if tail.outlet.backlog:
-                    tail.outlet.spill()
+            trunk.hand_on()
     _switchboard.settle()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ENDED = frozenset((_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED, _futures.FINISHED))
+_BEGUN = {_futures.PENDING: _futures.RUNNING}
 _CANCELLED = frozenset((_futures.CANCELLED, _futures.CANCELLED_AND_NOTIFIED))
 
 #: For a shorter time (seconds) nobody looks before sleeping.
@@ -202,5 +203,5 @@ def begin(tasks: Iterable[Task]) -> None:
     with _lock:
         for task in tasks:
             future = task.future
-            if future._state == _futures.PENDING:
-                future._state = _futures.RUNNING
+            # No condition: from CPython 3.12 on, what a handler raises at a loop's jump behind one gets past ``with``.
+            future._state = _BEGUN.get(future._state, future._state)

@@ -7,6 +7,7 @@ killed leaves none half-written. What has no room goes another way, and the numb
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from typing import Final
@@ -24,6 +25,8 @@ _FAR = 0x7FFFFFFF
 BLANK: Final = memoryview(bytearray(256)).cast("Q")
 
 _fence = threading.Lock()
+# A thread that isn't in a forked child may have been between the two instructions.
+os.register_at_fork(after_in_child=_fence._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def fence() -> None:

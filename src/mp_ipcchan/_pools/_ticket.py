@@ -14,14 +14,12 @@ from typing import Any
 class Ticket:
     """Calls ``settle(succeeded, result or exception)``, once."""
 
-    __slots__ = ("_settle", "_task")
-
-    #: Nobody asks in which state it is before it is settled, so none is kept.
-    _state = None
+    __slots__ = ("_settle", "_state", "_task")
 
     def __init__(self, settle: Callable[[bool, Any], None]) -> None:
         self._settle: Callable[[bool, Any], None] | None = settle
-        #: As a future's.
+        #: As a future's; but nobody asks for the state.
+        self._state = ""
         self._task: Any = None
 
     def cancelled(self) -> bool:

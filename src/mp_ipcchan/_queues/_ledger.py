@@ -163,9 +163,12 @@ class Ledger:
         with self.lock:
             own = (self.base or self._claim()) // _WORDS
             for cell in range(1, CELLS):
-                if cell != own and self._owes(cell) and self._lock_cell(cell):
-                    self._settle_cell(cell)
-                    self._lock_cell(cell, fcntl.F_UNLCK)
+                self._reclaim_cell(cell, own)
+
+    def _reclaim_cell(self, cell: int, own: int) -> None:
+        if cell != own and self._owes(cell) and self._lock_cell(cell):
+            self._settle_cell(cell)
+            self._lock_cell(cell, fcntl.F_UNLCK)
 
     def reclaim_again(self, after: float) -> bool:
         """``reclaim``, if that was last done more than ``after`` seconds ago; whether it was done now."""

@@ -148,21 +148,27 @@ def _bytes_of(array: Array) -> memoryview:
 
 def _is_untouched(array: Array) -> bool:
     """Whether all of its pages, which are mapped privately, are still the file's; False where that can't be told."""
-    import numpy as np
-
     start = _address(array)
     first, last = (start // PAGE) * _ENTRY, -(-(start + array.nbytes) // PAGE) * _ENTRY
     opened = Descriptors([])
     try:
         opened.fds.extend(map(os.open, ("/proc/self/pagemap",), (os.O_RDONLY | os.O_CLOEXEC,)))
-        for at in range(first, last, _STRIDE):
-            size = min(_STRIDE, last - at)
-            entries = np.frombuffer(os.pread(opened.fds[0], size, at), np.uint64)
-            has_page = (entries & np.uint64(_PRESENT | _SWAPPED)) != 0
-            if entries.nbytes != size or (has_page & ((entries & np.uint64(_FILES)) == 0)).any():
-                return False
+        return all(
+            _are_the_file_s(os.pread(opened.fds[0], _STRIDE, at), min(_STRIDE, last - at))
+            for at in range(first, last, _STRIDE)
+        )
     except (OSError, ValueError):
         return False
     finally:
         opened.close()
-    return True
+
+
+def _are_the_file_s(entries: bytes, size: int) -> bool:
+    """Whether the pages of these entries, of ``size`` bytes, are, as far as there are any."""
+    import numpy as np
+
+    if len(entries) < size:
+        return False
+    words = np.frombuffer(entries[:size], np.uint64)
+    has_page = (words & np.uint64(_PRESENT | _SWAPPED)) != 0
+    return not (has_page & ((words & np.uint64(_FILES)) == 0)).any()

@@ -37,17 +37,20 @@ class Membership:
             try:
                 self._by_fd.clear()
                 for member in self.by_id.values():
-                    member.fd = member.fileno()
-                    _register(lookout, member, member.fd)
-                    if member.fd >= 0:
-                        self._by_fd[member.fd] = member
-                    elif member.holding:
-                        self._holding[member.id] = member
+                    self._list(lookout, member)
             except BaseException:
                 lookout.close()
                 raise
             self._lookout = lookout
         return self._lookout
+
+    def _list(self, lookout: Lookout[Member], member: Member) -> None:
+        member.fd = member.fileno()
+        _register(lookout, member, member.fd)
+        if member.fd >= 0:
+            self._by_fd[member.fd] = member
+        elif member.holding:
+            self._holding[member.id] = member
 
     def ring(self) -> None:
         """End a wait, or the next one."""

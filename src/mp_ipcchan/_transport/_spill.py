@@ -391,13 +391,16 @@ def _load_all(loads: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
                     break
                 carriers.fds.append(current.detach())
                 current = None
-            if nested is not None:
-                nested.close()
+            _close(nested)
         if current is not None:
             carriers.fds.append(current.detach())
             current = None
     finally:
-        if current is not None:
-            current.close()
+        _close(current)
     made, carriers.fds = carriers.fds, []
     return made
+
+
+def _close(carrier: Carrier | socket.socket | None) -> None:
+    if carrier is not None:
+        carrier.close()
