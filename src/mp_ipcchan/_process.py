@@ -7,15 +7,29 @@ whichever way the processes were started.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import context, popen_fork, popen_forkserver, popen_spawn_posix
+from multiprocessing import (
+    context,
+    popen_fork,
+    popen_forkserver,
+    popen_spawn_posix,
+    reduction,
+    resource_tracker,
+    spawn,
+    util,
+)
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from . import _drainer
 from ._channel import detach
 from ._endpoint import Endpoint, ReceivingEnd, endpoints, withheld
+from ._fd import Fd
 from ._message import Handle, MovingHandle
 from ._reach import endpoints_within
 from ._transport._carrier import Carrier
@@ -114,6 +128,31 @@ class Launch:
 class SpawnPopen(Launch, popen_spawn_posix.Popen):
     """Start a fresh interpreter."""
 
+    def _launch(self, process_obj: BaseProcess) -> None:
+        # Not the stdlib's, which has the reading end of the pipe itself while it writes what the child is to do: where
+        # that is more than a pipe holds, and the child is killed before it has read it, it waits for ever.
+        tracker = resource_tracker.getfd()
+        orders = io.BytesIO()
+        context.set_spawning_popen(self)
+        try:
+            reduction.dump(spawn.get_preparation_data(process_obj._name), orders)  # type: ignore[attr-defined]
+            reduction.dump(process_obj, orders)
+        finally:
+            context.set_spawning_popen(None)
+        reading, writing = map(Fd._own, os.pipe())
+        sentinel, held = map(Fd._own, os.pipe())
+        with reading, held:
+            command = spawn.get_command_line(tracker_fd=tracker, pipe_handle=reading.fileno())
+            passed = (*self._fds, tracker, reading.fileno(), held.fileno())  # type: ignore[attr-defined]
+            self.pid = util.spawnv_passfds(spawn.get_executable(), command, passed)  # type: ignore[arg-type]
+        self.sentinel = sentinel.detach()
+        # Open as long as this process has the child, which takes its end for ours.
+        kept = writing.detach()
+        self.finalizer = util.Finalize(self, util.close_fds, (self.sentinel, kept))  # type: ignore[attr-defined]
+        # A child that doesn't read has ended, or is about to: its exit code tells of it, however much it was to read.
+        with contextlib.suppress(BrokenPipeError), open(kept, "wb", closefd=False) as file:
+            file.write(orders.getbuffer())
+
 
 class ForkServerPopen(Launch, popen_forkserver.Popen):
     """Ask the fork server, which takes some 250 descriptors at a time; further ones go in carriers."""
@@ -122,6 +161,8 @@ class ForkServerPopen(Launch, popen_forkserver.Popen):
     _DIRECT = 100
 
     def __init__(self, process_obj: BaseProcess) -> None:
+        #: Held by who reads the exit code.
+        self._collecting = threading.RLock()
         self._carrier: Carrier | None = None
         self._carrier_token: Any = None
         try:
@@ -130,6 +171,34 @@ class ForkServerPopen(Launch, popen_forkserver.Popen):
             if self._carrier:
                 self._carrier.close()
                 self._carrier = None
+
+    # The server writes a child's pid to a pipe, and later its exit code. Who has seen that something is there reads it,
+    # by number. In between, another thread may read it, close the process and start the next, whose pipe takes that
+    # number: its pid would be read here, and who starts it would wait for it for ever.
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """The exit code; with ``WNOHANG`` None as long as there is none, or another thread is about to have it."""
+        if flag != os.WNOHANG:
+            return self.wait()
+        # Never waits for the lock: a forked child may ask, and inherit it held.
+        if self.returncode is None and self._collecting.acquire(blocking=False):
+            try:
+                super().poll()
+            finally:
+                self._collecting.release()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit code, once the child has ended; None after ``timeout`` seconds."""
+        with self._collecting:
+            if self.returncode is not None:
+                return self.returncode
+            # Nobody closes it before there is an exit code.
+            sentinel = Fd(self.sentinel)
+        with sentinel:
+            ended = wait([sentinel.fileno()], timeout)
+        with self._collecting:
+            return self.poll() if ended else None
 
     def _pass(self, fd: int) -> Any:
         if len(self._duplicates) < self._DIRECT:
