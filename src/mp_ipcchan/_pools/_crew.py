@@ -46,8 +46,8 @@ _MEMORY_INTERVAL = 0.02
 _LONGEST_SLEEP = 86400.0
 #: When to try again (seconds) where a worker could not be started, and others go on.
 _START_AGAIN = 1.0
-#: What starting a process raises where that is killed before it has read what it is to do.
-_KILLED_AT_ONCE = (BrokenPipeError, ConnectionResetError, EOFError)
+#: What starting a process raises where that, or the fork server, is killed meanwhile.
+_KILLED_AT_ONCE = (BrokenPipeError, ConnectionResetError, ConnectionRefusedError, EOFError)
 _NOT_REPEATABLE: Final = "not run again: the endpoints or descriptors among its arguments went with the worker"
 _OUT_OF_MEMORY: Final = "by the kernel, for want of memory: the control group's count of such kills went up"
 

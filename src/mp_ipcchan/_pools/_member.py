@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from collections import deque
@@ -21,8 +22,9 @@ from ._ring import Reader, fence
 from ._task import Task
 from ._worker import ANSWERED, BUSY, HEAD, LOGGED, STARTED, TAIL, TAKEN_FROM, TAKEN_TO, Cells, work
 
-#: How long to wait (seconds) for an exit code that another thread is just collecting.
+#: How long to wait (seconds) for an exit code that another thread is just collecting, or the fork server.
 _EXIT_PATIENCE = 1.0
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.001
 
 STARTING, OPEN, ENDING = range(3)
 
@@ -260,13 +262,20 @@ class Member:
             pass
 
     def join(self) -> int | None:
-        """The exit code, after it has died. None where somebody else has collected it and doesn't tell."""
-        self.process.join()
+        """Wait for its death. The exit code; None where somebody else has it, and doesn't tell.
+
+        Not by the process's ``join``: that waits for who collects it, and the fork server may be stopped, or dead.
+        """
+        death = select.poll()
+        death.register(self.pidfd, select.POLLIN)
+        death.poll()
         deadline = time.monotonic() + _EXIT_PATIENCE
+        pause = _SHORTEST_PAUSE
         code: int | None = self.process.exitcode
         while code is None and time.monotonic() < deadline:
             # ``multiprocessing.active_children`` in another thread, perhaps: it has it in a moment.
-            time.sleep(0.001)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
             code = self.process.exitcode
         if code is not None:
             self.process.close()
