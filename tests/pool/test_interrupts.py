@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,13 +21,11 @@ import pytest
 from mp_ipcchan import ProcessPoolExecutor
 from mp_ipcchan._pools import _engine
 from mp_ipcchan._pools._commons import Commons
-from mp_ipcchan._pools._crew import Crew
 
 from ..conformance._support import InThread
 from . import _tasks as tasks
-from ._support import LIMIT
+from ._support import FORK, LIMIT, eventually
 
-_STARTING = {Crew._start_worker.__code__, threading.Thread.start.__code__}
 #: How many interrupts a test waits for, and for how long (seconds) at most.
 ENOUGH, LONGEST = 60, 20.0
 
@@ -64,6 +65,16 @@ def _executor_map(executor: Any) -> None:
     assert list(executor.map(tasks.square, range(100), chunksize=3)) == [x * x for x in range(100)]
 
 
+def _new_pool(context: Any) -> None:
+    with context.Pool(1) as pool:
+        assert pool.apply_async(tasks.square, (3,)).get(LIMIT) == 9
+
+
+def _new_executor(context: Any) -> None:
+    with ProcessPoolExecutor(1, context) as executor:
+        assert executor.submit(tasks.square, 3).result(LIMIT) == 9
+
+
 POOL_CALLS = [_map, _map_chunks, _imap, _imap_unordered, _apply_async]
 EXECUTOR_CALLS = [_submit, _one_at_a_time, _executor_map]
 
@@ -77,18 +88,14 @@ class _Interrupts:
 
     def __call__(self, _: int, frame: FrameType | None) -> None:
         while frame is not None:
-            if frame.f_code in _STARTING:
-                # What the stdlib leaves behind there (logging's lock, by a hook of fork; a child or thread that waits)
-                # isn't ours, and a descriptor may stay open.
-                return
             if frame.f_code in self._codes:
                 self.count += 1
                 raise KeyboardInterrupt
             frame = frame.f_back
 
 
-def _storm(target: Any, calls: list[Callable[..., None]]) -> None:
-    """Interrupt many calls, once each, at a random instant."""
+def _storm(target: Any, calls: list[Callable[..., None]], longest: float = 0.004) -> None:
+    """Interrupt many calls, once each, at a random instant, ``longest`` seconds after they begin at most."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
     dice = random.Random(seed)
@@ -100,7 +107,7 @@ def _storm(target: Any, calls: list[Callable[..., None]]) -> None:
         patch.setattr(sys, "unraisablehook", id)
         try:
             while interrupts.count < ENOUGH and time.monotonic() < end:
-                signal.setitimer(signal.ITIMER_REAL, dice.choice([0.0003, 0.001, 0.004]) * dice.random() + 1e-6)
+                signal.setitimer(signal.ITIMER_REAL, dice.choice([0.0003, 0.001, longest]) * dice.random() + 1e-6)
                 try:
                     dice.choice(calls)(target)
                 except KeyboardInterrupt:
@@ -158,6 +165,12 @@ def test_each_call_of_an_executor(call: Callable[..., None]) -> None:
         _storm(executor, [call])
 
 
+@pytest.mark.parametrize("call", [_new_pool, _new_executor], ids=["pool", "executor"])
+def test_new_ones(start_method: str, call: Callable[..., None]) -> None:
+    """Interrupted as they begin and end, they leave nothing open, and no worker."""
+    _storm(multiprocessing.get_context(f"ipcchan_{start_method}"), [call], 0.03 if start_method == "fork" else 0.15)
+
+
 class _Interrupting:
     """An epoll that is interrupted right behind its first registration."""
 
@@ -190,26 +203,105 @@ def test_interrupted_behind_a_registration(monkeypatch: pytest.MonkeyPatch) -> N
         assert executor.submit(tasks.square, 3).result(LIMIT) == 9
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_ctrl_c_is_put_off_while_a_worker_starts(start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Interrupted(TimeoutError):
+    """What the handlers of these tests raise."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+@contextmanager
+def _handling(*numbers: int) -> Iterator[None]:
+    """Handlers that raise."""
+    before = [(number, signal.signal(number, _interrupt)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _come(number: int) -> None:
+    # As where another thread has taken it: nothing is blocked.
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+    signal.raise_signal(number)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_handlers_are_put_off_while_a_worker_starts(
+    start_method: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever thread the kernel tells: the stdlib's hooks at a fork hold locks that a handler would leave held."""
     steps: list[str] = []
 
     def interrupted(*args: Any) -> Any:
         if not steps:
             steps.append("interrupted")
-            # As where another thread has taken it: nothing is blocked.
-            before = signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
-            signal.raise_signal(signal.SIGINT)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _come(number)
         begun(*args)
         steps.append("started")
 
     context: Any = multiprocessing.get_context(f"ipcchan_{start_method}")
     begun = context.Process.start
     monkeypatch.setattr(context.Process, "start", interrupted)
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
-        with pytest.raises(KeyboardInterrupt):
+    with ProcessPoolExecutor(1, mp_context=context) as executor, _handling(number):
+        with pytest.raises(Interrupted):
             executor.submit(tasks.square, 2)
         assert steps[:2] == ["interrupted", "started"]
         assert executor.submit(tasks.square, 3).result(LIMIT) == 9
+
+
+def _then_come(call: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any) -> Any:
+        result = call(*args)
+        _come(signal.SIGALRM)
+        return result
+
+    return called
+
+
+@pytest.mark.parametrize("make", [_executor, _pool], ids=["executor", "pool"])
+@pytest.mark.parametrize("place", [(os, "pidfd_open"), (_engine, "Commons"), (threading.Thread, "start")])
+def test_what_is_opened_when_a_handler_raises_is_closed(
+    start_method: str, make: Callable[[str], Any], place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right behind what opens it, before its owner has it. The pool begins all the same, or is given up whole."""
+    with _handling(signal.SIGALRM), monkeypatch.context() as patch:
+        patch.setattr(*place, _then_come(getattr(*place)))
+        with pytest.raises(Interrupted), make(start_method):
+            pass
+        patch.undo()
+        gc.collect()
+        with make(start_method):
+            pass
+
+
+def test_interrupted_termination(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses Ctrl-C then need not wait for the workers' end, which is certain."""
+    kill = _engine.Engine.kill
+
+    def interrupted(*args: Any) -> None:
+        _come(signal.SIGALRM)
+        kill(*args)
+
+    pool = FORK.Pool(1)
+    result = pool.apply_async(tasks.sleep, (60.0,))
+    with _handling(signal.SIGALRM), monkeypatch.context() as patch:
+        patch.setattr(_engine.Engine, "kill", interrupted)
+        with pytest.raises(Interrupted):
+            pool.terminate()
+    with pytest.raises(BrokenProcessPool):
+        result.get(LIMIT)
+    assert eventually(lambda: not pool.stats())
+
+
+def _handler_of(number: int) -> str:
+    return getattr(signal.getsignal(number), "__name__", "")
+
+
+def test_forked_workers_have_the_handlers_of_their_parent() -> None:
+    """Not what stood in for them as they were started."""
+    with _handling(signal.SIGUSR1), ProcessPoolExecutor(1, FORK) as executor:
+        assert executor.submit(_handler_of, signal.SIGUSR1).result(LIMIT) == "_interrupt"

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from .._fd import Fd
-from .._interrupt import raised_by_handler
+from .._interrupt import handlers_put_off, raised_by_handler
 from . import _call, _logs, _resident
 from ._commons import Commons
 from ._future import begin
@@ -106,6 +106,7 @@ class Crew:
             found.append((worker.pid, state, lane.answered if lane else 0, worker.busy_seconds()))
         return found
 
+    @handlers_put_off()
     def _start_worker(self) -> None:
         """Start a worker; or see to it that one is started later, where this one was killed at once."""
         commons = self._commons

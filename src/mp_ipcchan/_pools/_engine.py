@@ -17,11 +17,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
+from .._interrupt import handlers_put_off
 from .._reach import make_opaque
 from . import _outcome, _resident
 from ._commons import Commons
 from ._hearing import Hearing
-from ._lifeline import interrupts_put_off
 from ._map import Mappings
 from ._schedule import Schedule
 from ._stats import WorkerStats
@@ -179,20 +179,20 @@ class Engine(Hearing):
 
     def _open(self, workers: int = 0) -> None:
         """Begin, with so many workers already."""
-        try:
-            self._commons = Commons(self._size)
-            _engines.add(self)
-            # Ahead of the thread: a process that has several is better not forked.
-            for _ in range(workers):
-                self._start_worker()
-            with interrupts_put_off():
+        with handlers_put_off():
+            try:
+                self._commons = Commons(self._size)
+                _engines.add(self)
+                # Ahead of the thread: a process that has several is better not forked.
+                for _ in range(workers):
+                    self._start_worker()
                 self._thread = threading.Thread(target=self._run, name="mp_ipcchan-pool", daemon=True)
                 self._thread.start()
-        except BaseException:
-            # Should the thread run already, it sees that it is none of ours.
-            self._thread = None
-            self._abolish()
-            raise
+            except BaseException:
+                # Should the thread run already, it sees that it is none of ours.
+                self._thread = None
+                self._abolish()
+                raise
 
     def _abolish(self) -> None:
         """End all workers, and close what the engine owns."""

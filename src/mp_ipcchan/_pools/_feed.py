@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from .._interrupt import handlers_put_off
+
 #: Reading these never waits, and runs nothing of the user's.
 _AT_HAND = (list, tuple, range, str, bytes, bytearray, dict, set, frozenset, deque)
 
@@ -72,7 +74,8 @@ class Feed:
             self.advance()
         else:
             self._bell = threading.Lock()
-            threading.Thread(target=self._read_all, name="mp_ipcchan-input", daemon=True).start()
+            with handlers_put_off():
+                threading.Thread(target=self._read_all, name="mp_ipcchan-input", daemon=True).start()
 
     def read_here(self) -> None:
         """Read everything in this thread, as there is room."""

@@ -16,8 +16,8 @@ import fcntl
 import os
 import select
 import signal
-import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 from .._fd import Fd
 
@@ -66,33 +66,14 @@ def interrupts_held_back(method: str) -> Iterator[None]:
     if method == "forkserver":
         yield
         return
-    with interrupts_put_off():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def interrupts_put_off() -> Iterator[None]:
-    """What Ctrl-C raises is raised behind this, whichever thread the kernel tells.
-
-    The stdlib's hooks at a fork, and its threads as they start, keep locks held where a handler raises in them.
-    """
-    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    if not callable(handler):
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    if method == "spawn":
+        # First: it lets SIGINT through as it is started.
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        # Called, not raised once more: a wakeup descriptor (asyncio's) has told of it already.
-        handler(signal.SIGINT, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_interrupts() -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import Self
 
-from .._interrupt import raised_by_handler
+from .._interrupt import handlers_put_off, raised_by_handler
 from . import _engine_url, _progress
 from ._async_result import CLOSE, INIT, RUN, TERMINATE, AsyncResult, MapResult, Speeds
 from ._imap import IMapIterator, IMapUnorderedIterator, Stream
@@ -86,27 +86,40 @@ class Pool(stdlib.Pool):
         if engine is None:
             engine, close = _engine_url.from_environment()
         if engine is None:
-            self._host = OwnWorkers(
-                self._ctx,
-                processes or len(os.sched_getaffinity(0)),
-                initializer,
-                self._initargs,
-                maxtasksperchild,
-                task_timeout,
-                retries,
-            )
+            try:
+                # Its workers end no sooner than somebody says so: nothing comes between their start and who says it.
+                with handlers_put_off():
+                    self._begin(
+                        OwnWorkers(
+                            self._ctx,
+                            processes or len(os.sched_getaffinity(0)),
+                            initializer,
+                            self._initargs,
+                            maxtasksperchild,
+                            task_timeout,
+                            retries,
+                        )
+                    )
+            except BaseException:
+                if self._state == RUN:
+                    # A handler has raised, and nobody will have this pool.
+                    self.terminate()
+                raise
         else:
             try:
-                self._host = ForeignWorkers(
-                    engine, processes, initializer, self._initargs, task_timeout, retries, close
+                self._begin(
+                    ForeignWorkers(engine, processes, initializer, self._initargs, task_timeout, retries, close)
                 )
             except BaseException:
                 if close is not None:
                     close()
                 raise
-        self._processes = self._host.processes
+
+    def _begin(self, host: OwnWorkers | ForeignWorkers) -> None:
+        self._host = host
+        self._processes = host.processes
         # Called when the pool is forgotten, and when the process ends: then tasks that are left are dropped.
-        self._terminate = util.Finalize(self, _terminate, args=(self._host, self._cache), exitpriority=15)
+        self._terminate = util.Finalize(self, _terminate, args=(host, self._cache), exitpriority=15)
         self._state = RUN
 
     def __repr__(self) -> str:
@@ -305,6 +318,9 @@ class Pool(stdlib.Pool):
         util.debug("terminating pool")
         self._state = TERMINATE
         if self._host is not None:
+            # Ctrl-C may end the wait for the workers' end, but not prevent it.
+            with handlers_put_off():
+                _stop(self._host, self._cache)
             self._terminate()
 
     def join(self) -> None:
@@ -367,7 +383,12 @@ def _check_chunksize(chunksize: int | None) -> None:
         raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
 
 
-def _terminate(host: OwnWorkers | ForeignWorkers, results: dict[int, Any]) -> None:
+def _stop(host: OwnWorkers | ForeignWorkers, results: dict[int, Any]) -> None:
     for result in list(results.values()):
         result._drop(BrokenProcessPool("the pool was terminated"))
+    host.stop()
+
+
+def _terminate(host: OwnWorkers | ForeignWorkers, results: dict[int, Any]) -> None:
+    _stop(host, results)
     host.terminate()

@@ -67,6 +67,7 @@ class OwnWorkers:
         self._timeout = task_timeout
         self._retries = retries
         self.single = task_timeout is not None or retries > 0
+        self._stopped = False
         self.engine = Engine(
             context,
             processes,
@@ -111,9 +112,15 @@ class OwnWorkers:
     def join(self) -> None:
         self.engine.join()
 
+    def stop(self) -> None:
+        """Tell the workers to end, once: SIGTERM."""
+        if not self._stopped:
+            self._stopped = True
+            self.engine.kill(BaseProcess.terminate, _TERMINATED)
+
     def terminate(self) -> None:
         """End the workers: SIGTERM, and SIGKILL for those that don't heed it."""
-        self.engine.kill(BaseProcess.terminate, _TERMINATED)
+        self.stop()
         if not self.engine.join(_GRACE):
             self.engine.kill(BaseProcess.kill, _TERMINATED)
             self.engine.join()
@@ -236,10 +243,14 @@ class ForeignWorkers:
         wait(list(self._futures))
         self._leave()
 
-    def terminate(self) -> None:
+    def stop(self) -> None:
         """Cancel what hasn't begun; what runs somewhere can't be stopped, unless the executor can."""
         for future in list(self._futures):
             future.cancel()
+
+    def terminate(self) -> None:
+        """As ``stop``, and have done with the executor."""
+        self.stop()
         self._leave()
 
     def _leave(self) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from .._inlet import NoRoom
+from .._interrupt import handlers_put_off
 from .._opaque import OpaqueReceiver
 from .._receiver import ReceiverBase
 from ..errors import Disconnected, EndpointClosed
@@ -187,7 +188,8 @@ class Router:
         self._thread = threading.Thread(target=_run, args=(self._routes,), name="ipcchan-router", daemon=True)
         # Also when the interpreter ends; it doesn't wait for a callback that runs.
         weakref.finalize(self, self._routes.shut_down)
-        self._thread.start()
+        with handlers_put_off():
+            self._thread.start()
 
     def add_route(
         self,
