@@ -12,14 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor
-from mp_ipcchan._pools import _engine
+from mp_ipcchan._pools import _engine, _feed
 from mp_ipcchan._pools._commons import Commons
 
 from ..conformance._support import InThread
@@ -276,6 +277,69 @@ def test_what_is_opened_when_a_handler_raises_is_closed(
         gc.collect()
         with make(start_method):
             pass
+
+
+@pytest.mark.parametrize("chunksize", [1, 10, None])
+@pytest.mark.parametrize("kind", ["imap", "imap_unordered"])
+def test_next_that_is_interrupted_takes_nothing(kind: str, chunksize: int | None) -> None:
+    """Whoever catches that and goes on gets every result, once; from a list, too, which is read in ``next``."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    count, size, end = 0, 1000, time.monotonic() + LONGEST
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        nonlocal count
+        assert frame is not None
+        if package in frame.f_code.co_filename:
+            count += 1
+            raise Interrupted
+
+    package = os.path.dirname(_engine.__file__)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with FORK.Pool(2) as pool:
+            while count < ENOUGH and time.monotonic() < end:
+                results = getattr(pool, kind)(tasks.square, range(size), chunksize)
+                found: list[int] = []
+                going = True
+                while going:
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 * dice.random() + 1e-6)
+                    with suppress(Interrupted):
+                        taken = len(found)
+                        # In one call: the list has it before a handler may raise.
+                        found.extend(islice(results, 1))
+                        going = len(found) > taken
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                assert sorted(found) == [x * x for x in range(size)]
+                assert kind == "imap_unordered" or found == sorted(found)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert count > 20
+
+
+def test_interrupted_while_input_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ``next``, which has a result by then: it is still there, and the input goes on."""
+    advance = _feed.Feed.advance
+    steps: list[str] = []
+
+    def interrupted(self: _feed.Feed) -> None:
+        if threading.current_thread() is threading.main_thread():
+            steps.append("advance")
+            if len(steps) == 2:
+                # The first one was ``imap``'s.
+                _come(signal.SIGALRM)
+        advance(self)
+
+    with FORK.Pool(1) as pool, _handling(signal.SIGALRM):
+        monkeypatch.setattr(_feed.Feed, "advance", interrupted)
+        results = pool.imap(tasks.square, range(1000))
+        found: list[int] = []
+        with pytest.raises(Interrupted):
+            found.extend(results.next(LIMIT) for _ in range(1000))
+        found.extend(results)
+        assert found == [x * x for x in range(1000)]
 
 
 def test_interrupted_termination(monkeypatch: pytest.MonkeyPatch) -> None:

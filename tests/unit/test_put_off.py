@@ -67,7 +67,7 @@ def test_without_a_signal() -> None:
 
 def test_handlers_that_raise_as_they_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are given back all the same."""
-    give_back = signal.signal
+    give_back = _interrupt._signal.signal
     left = [*NUMBERS]
 
     def interrupted(number: int, handler: object) -> object:
@@ -77,7 +77,7 @@ def test_handlers_that_raise_as_they_are_given_back(monkeypatch: pytest.MonkeyPa
         return before
 
     with pytest.raises(KeyError), handlers_put_off():
-        monkeypatch.setattr(signal, "signal", interrupted)
+        monkeypatch.setattr(_interrupt._signal, "signal", interrupted)
         signal.raise_signal(signal.SIGUSR1)
     monkeypatch.undo()
     assert sorted(came) == sorted([signal.SIGUSR1, *NUMBERS])

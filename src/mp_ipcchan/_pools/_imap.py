@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import TimeoutError as StdlibTimeoutError
 from multiprocessing import pool as stdlib
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from .._deadline import deadline_in, remaining
+from .._interrupt import handlers_put_off
 from ._async_result import Host, Jobs, is_final
 from ._chunk import ChunkSize, run_each, run_whole
 from ._feed import Feed, at_hand
@@ -26,6 +27,9 @@ T = TypeVar("T")
 _LARGEST = 256
 #: This many times what the workers may have at a time is read ahead, so that they never wait for a reader.
 _AHEAD = 3
+
+#: Whether it succeeded, and the result or exception.
+Outcome: TypeAlias = "tuple[bool, Any]"
 
 _job_counter: Iterator[int] = stdlib.job_counter  # type: ignore[attr-defined]
 
@@ -56,14 +60,16 @@ class Stream:
         #: lock, and takes it again, in Python code, where Ctrl-C may come between.
         self._gates: list[threading.Lock] = []
         #: Outcomes to be taken, the oldest first.
-        self._items: deque[tuple[bool, Any]] = deque()
+        self.items: deque[Outcome] = deque()
+        #: The one that is counted as taken already.
+        self._counted: Outcome | None = None
         #: Outcomes that came ahead of older ones: by their position, how many calls they are of, and themselves.
-        self._early: dict[int, tuple[int, list[tuple[bool, Any]]]] = {}
+        self._early: dict[int, tuple[int, list[Outcome]]] = {}
         #: Up to which position outcomes have gone to ``_items``.
         self._next = 0
         #: The positions of what was given to workers and has not ended.
         self._under_way: set[int] = set()
-        #: Calls that were given to workers, that ended, and whose outcomes were taken.
+        #: Calls that were given to workers, that ended, and whose outcomes were taken, or are about to be.
         self._launched = self._settled = self._taken = 0
         #: How few calls must be on their way for more to be read.
         self._low = 0
@@ -134,7 +140,7 @@ class Stream:
         elif succeeded:
             self._hear(position, calls, [(True, value) for value in outcome])
         elif self._chunksize is None:
-            self._hear(position, calls, [(False, outcome)] * calls, final=is_final(outcome))
+            self._hear(position, calls, [(False, outcome) for _ in range(calls)], final=is_final(outcome))
         else:
             # What a chunk of this size fails with, it fails with once, as in the stdlib's.
             self._hear(position, calls, [(False, outcome)], final=is_final(outcome))
@@ -143,7 +149,7 @@ class Stream:
         self,
         position: int,
         calls: int,
-        outcomes: list[tuple[bool, Any]],
+        outcomes: list[Outcome],
         last: bool = False,
         final: bool = False,
     ) -> None:
@@ -161,7 +167,7 @@ class Stream:
         elif self._unbounded:
             self._feed.advance()
 
-    def _note(self, position: int, calls: int, outcomes: list[tuple[bool, Any]], last: bool, final: bool) -> None:
+    def _note(self, position: int, calls: int, outcomes: list[Outcome], last: bool, final: bool) -> None:
         if last:
             # Where giving it away was interrupted, it may be under way, or even have ended.
             self._under_way.discard(position)
@@ -174,16 +180,16 @@ class Stream:
         # Those of a chunk that fails as one are taken with its failure.
         self._taken += calls - len(outcomes) if calls else 0
         if not self._ordered:
-            self._items.extend(outcomes)
+            self.items.extend(outcomes)
         elif position == self._next:
-            self._items.extend(outcomes)
+            self.items.extend(outcomes)
             self._next += calls
             if self._early:
                 self._release()
         else:
             self._early[position] = calls, outcomes
         if self._dropping:
-            self._items.clear()
+            self.items.clear()
         if last or final:
             self._reading = False
         self._complete = not self._reading and not self._under_way
@@ -205,7 +211,7 @@ class Stream:
     def _release(self) -> None:
         while self._next in self._early:
             calls, outcomes = self._early.pop(self._next)
-            self._items.extend(outcomes)
+            self.items.extend(outcomes)
             self._next += calls
 
     def _end(self) -> None:
@@ -215,15 +221,17 @@ class Stream:
         if pool is not None:
             pool._one_less()
 
-    def take(self, timeout: float | None) -> Any:
-        """The next result, or its exception. ``StopIteration`` at the end."""
+    def first(self, timeout: float | None) -> Outcome:
+        """The next outcome, which stays that until it is deleted from ``items``. ``StopIteration`` at the end."""
         deadline = deadline_in(timeout)
         waited = True
         while True:
             with self._lock:
-                if self._items:
-                    succeeded, value = self._items.popleft()
-                    self._taken += 1
+                if self.items:
+                    found = self.items[0]
+                    if found is not self._counted:
+                        self._taken += 1
+                        self._counted = found
                     break
                 if self._complete:
                     raise StopIteration
@@ -232,11 +240,14 @@ class Stream:
                 gate = self._new_gate()
             left = remaining(deadline)
             waited = gate.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX))
-        if self._launched - self._taken <= self._low:
-            self._feed.advance()
-        if succeeded:
-            return value
-        raise value
+        if self._reading and self._launched - self._taken <= self._low:
+            if self._feed.over:
+                self._feed.advance()
+            else:
+                # Input that is at hand is read here, and it would end where that is interrupted.
+                with handlers_put_off():
+                    self._feed.advance()
+        return found
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -248,7 +259,7 @@ class Stream:
                 return
             self._complete = True
             self._early.clear()
-            self._items.append((False, error))
+            self.items.append((False, error))
             self._wake()
         self._end()
 
@@ -270,7 +281,7 @@ class Stream:
     def forget(self) -> None:
         """Nobody will take the results. Called by a finaliser, so in any thread, with any lock held."""
         self._dropping = True
-        self._items.clear()
+        self.items.clear()
         if not self._feed.over:
             try:
                 _thread.start_new_thread(self.unbind, ())
@@ -305,24 +316,31 @@ class IMapIterator(_StdlibOrdered[T], Generic[T]):
     def next(self, timeout: float | None = None) -> T:
         """The next result, or its exception; ``multiprocessing.TimeoutError`` after ``timeout`` seconds."""
         progress = self._progress
-        if progress is None:
-            result: T = self._stream.take(timeout)
-            return result
-        try:
-            result = self._stream.take(timeout)
-        except StopIteration:
-            progress(None)
-            raise
-        except StdlibTimeoutError:
-            raise
-        except BaseException:
-            progress(1)
-            raise
-        progress(1)
-        return result
+        items = self._stream.items
+        while True:
+            try:
+                outcome = self._stream.first(timeout)
+            except StopIteration:
+                if progress is not None:
+                    progress(None)
+                raise
+            if progress is not None:
+                progress(1)
+            succeeded, value = outcome
+            # From here to the end there is no call: no signal's handler comes between, nor another thread. Who is
+            # interrupted has not taken it, and finds it the next time.
+            if items and items[0] is outcome:
+                del items[0]
+                if succeeded:
+                    return value  # type: ignore[no-any-return]
+                raise value
 
-    def __next__(self, timeout: float | None = None) -> T:
-        return self.next(timeout)
+    # Not a function that calls the other: an interrupt could come between the two.
+    if TYPE_CHECKING:
+
+        def __next__(self, timeout: float | None = None) -> T: ...
+    else:
+        __next__ = next  # noqa: A003
 
     def __del__(self) -> None:
         self._stream.forget()
