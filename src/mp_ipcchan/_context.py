@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import _connection
+from ._interrupt import handlers_put_off
 from ._process import ForkProcess, ForkServerProcess, SpawnProcess
 from ._queues import _queue
 
@@ -70,8 +71,10 @@ class Context(BaseContext):
         engine: Executor | None = None,
     ) -> Pool:
         """A pool of workers; see ``mp_ipcchan.Pool``."""
-        # Imported late: a program without pools needs none of it, and the pool stands above the contexts.
-        made: type[Pool] = importlib.import_module("._pools._pool", __package__).Pool
+        # Imported late: a program without pools needs none of it, and the pool stands above the contexts. CPython 3.10
+        # keeps its import lock, without which no other thread can fork, where a handler raises in here.
+        with handlers_put_off():
+            made: type[Pool] = importlib.import_module("._pools._pool", __package__).Pool
         return made(
             processes,
             initializer,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _imp
 import gc
+import importlib
 import multiprocessing
 import os
 import random
@@ -340,6 +342,23 @@ def test_interrupted_while_input_is_read_ahead(monkeypatch: pytest.MonkeyPatch) 
             found.extend(results.next(LIMIT) for _ in range(1000))
         found.extend(results)
         assert found == [x * x for x in range(1000)]
+
+
+def test_interrupted_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.10 kept the import lock, for which every other thread that forks waits."""
+    load = importlib.import_module
+
+    def interrupted(*args: Any) -> Any:
+        _imp.acquire_lock()
+        _come(signal.SIGALRM)
+        _imp.release_lock()
+        return load(*args)
+
+    with _handling(signal.SIGALRM), monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", interrupted)
+        with pytest.raises(Interrupted):
+            FORK.Pool(1)
+    assert not _imp.lock_held()
 
 
 def test_interrupted_termination(monkeypatch: pytest.MonkeyPatch) -> None:
