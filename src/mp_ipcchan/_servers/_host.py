@@ -12,7 +12,7 @@ import threading
 import weakref
 from itertools import starmap
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from .._async import pause, readable
 from .._deadline import deadline_in, wait_for
@@ -25,7 +25,14 @@ from ._peer import Admission, Allow
 from ._watch import Mortal, Watch
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, TypeVar
+
+    # A server without a type is one of pickles: of anything.
+    T = TypeVar("T", default=Any)
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 #: How many clients one look lets in, hears or sees off, at most: a flood must not outlast a timeout.
 _MOST_STEPS = 10_000
@@ -33,7 +40,7 @@ _MOST_STEPS = 10_000
 _DROUGHT = 0.05
 
 
-class ServerBase:
+class ServerBase(Generic[T]):
     """What both servers are. Safe to be used by several threads; a forked child's copy is closed."""
 
     _once: ClassVar[bool]
@@ -73,7 +80,7 @@ class ServerBase:
 
     # -- accepting -------------------------------------------------------------------------
 
-    def accept(self, timeout: float | None = None, *, process: Mortal | None = None) -> Guest:
+    def accept(self, timeout: float | None = None, *, process: Mortal | None = None) -> Guest[T]:
         """Wait for a client and its first message: ``(receiver, message)``.
 
         Raises ``Empty`` when nobody has come and said something within ``timeout`` seconds; who has come stays.
@@ -83,7 +90,7 @@ class ServerBase:
         had no descriptors left for them within ``timeout``; without it they are let in when there are.
         """
         deadline = deadline_in(timeout)
-        held: list[Guest] = []
+        held: list[Guest[T]] = []
         try:
             with Watch(process) as watch:
                 while True:
@@ -99,7 +106,7 @@ class ServerBase:
             raise
         return held[0]
 
-    async def accept_async(self) -> Guest:
+    async def accept_async(self) -> Guest[T]:
         """``accept`` in a coroutine, on asyncio or trio. When it is cancelled, no client is lost."""
         while True:
             try:
@@ -248,7 +255,7 @@ class ServerBase:
         return f"<mp_ipcchan.{type(self).__name__} {self.name}{' closed' if self.closed else ''}>"
 
 
-_servers: weakref.WeakSet[ServerBase] = weakref.WeakSet()
+_servers: weakref.WeakSet[ServerBase[Any]] = weakref.WeakSet()
 
 
 def _forget_all() -> None:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from time import monotonic
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from .._deadline import wait_for
 from .._inlet import NoRoom
@@ -37,8 +37,10 @@ _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 log = logging.getLogger("mp_ipcchan")
 
+T = TypeVar("T")
+
 #: What ``accept`` returns.
-Guest: TypeAlias = "tuple[Receiver[Any], Any]"
+Guest: TypeAlias = "tuple[Receiver[T], T]"
 
 
 class Client(NamedTuple):
@@ -54,7 +56,7 @@ class Lobby:
         self._typed = typed
         self._patience = patience
         #: Clients whose first message was taken; empty, but for moments.
-        self.guests: deque[Guest] = deque()
+        self.guests: deque[Guest[Any]] = deque()
         #: Who has come, and wasn't looked at.
         self._arrived: deque[socket.socket] = deque()
         #: By descriptor, whoever came first ahead; each is registered with ``epoll``.

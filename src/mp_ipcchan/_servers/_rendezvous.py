@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import struct
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from .._deadline import deadline_in, remaining
 from .._endpoint import Endpoint
@@ -18,6 +18,8 @@ from .._transport import unix
 from .._typed_codec import codec_for
 from ._address import address_of, is_abstract, is_one_shot
 from ._peer import Admission, Allow, Peer, peer_at
+
+T = TypeVar("T")
 
 _TIMEVAL = struct.Struct("ll")
 
@@ -30,6 +32,18 @@ _REASONS = {
 }
 
 
+@overload
+def connect(
+    name: str | os.PathLike[str], timeout: float | None = None, *, allow: Allow = None, type: None = None
+) -> Sender[Any]: ...
+@overload
+def connect(
+    name: str | os.PathLike[str], timeout: float | None = None, *, allow: Allow = None, type: type[T]
+) -> Sender[T]: ...
+@overload
+def connect(
+    name: str | os.PathLike[str], timeout: float | None = None, *, allow: Allow = None, type: Any
+) -> Sender[Any]: ...
 def connect(
     name: str | os.PathLike[str],
     timeout: float | None = None,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, final
+from typing import Any, final, overload
 
 from ..errors import Disconnected, EndpointClosed, SerializationError
-from ._host import ServerBase
+from ._host import ServerBase, T
 from ._lobby import Client, Guest, log
 from ._peer import Allow, peer_at
 from ._watch import Mortal
 
 
 @final
-class Server(ServerBase):
+class Server(ServerBase[T]):
     """Accepts any number of clients, processes of this user that call ``connect(server.name)``::
 
         with Server("/run/me/store") as server:
@@ -41,6 +41,33 @@ class Server(ServerBase):
 
     _once = False
 
+    @overload
+    def __init__(
+        self: Server[Any],
+        name: str | os.PathLike[str] | None = None,
+        *,
+        allow: Allow = None,
+        patience: float | None = None,
+        type: None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Server[T],
+        name: str | os.PathLike[str] | None = None,
+        *,
+        allow: Allow = None,
+        patience: float | None = None,
+        type: type[T],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Server[Any],
+        name: str | os.PathLike[str] | None = None,
+        *,
+        allow: Allow = None,
+        patience: float | None = None,
+        type: Any,
+    ) -> None: ...
     def __init__(
         self,
         name: str | os.PathLike[str] | None = None,
@@ -51,7 +78,7 @@ class Server(ServerBase):
     ) -> None:
         super().__init__(name, allow, patience, type)
 
-    def __iter__(self) -> Iterator[Guest]:
+    def __iter__(self) -> Iterator[Guest[T]]:
         """Accept clients until the server is closed."""
         while True:
             try:
@@ -60,7 +87,7 @@ class Server(ServerBase):
                 return
             yield guest
 
-    async def __aiter__(self) -> AsyncIterator[Guest]:
+    async def __aiter__(self) -> AsyncIterator[Guest[T]]:
         """Accept clients until the server is closed."""
         while True:
             try:
@@ -77,7 +104,7 @@ class Server(ServerBase):
 
 
 @final
-class OneShotServer(ServerBase):
+class OneShotServer(ServerBase[T]):
     """Accepts one client, a process of this user that calls ``connect(server.name)``.
 
     A second one is refused: while the first waits to be accepted, too. Then the name is gone. Closing the server, or
@@ -86,10 +113,16 @@ class OneShotServer(ServerBase):
 
     _once = True
 
+    @overload
+    def __init__(self: OneShotServer[Any], *, allow: Allow = None, type: None = None) -> None: ...
+    @overload
+    def __init__(self: OneShotServer[T], *, allow: Allow = None, type: type[T]) -> None: ...
+    @overload
+    def __init__(self: OneShotServer[Any], *, allow: Allow = None, type: Any) -> None: ...
     def __init__(self, *, allow: Allow = None, type: Any = None) -> None:  # noqa: A002
         super().__init__(None, allow, None, type)
 
-    def accept(self, timeout: float | None = None, *, process: Mortal | None = None) -> Guest:
+    def accept(self, timeout: float | None = None, *, process: Mortal | None = None) -> Guest[T]:
         """As ``Server.accept``; the server is closed then. ``Disconnected`` where the client leaves without a word,
         ``SerializationError`` where its message can't be decoded; its next one is waited for then.
         """
