@@ -51,6 +51,7 @@ from .errors import (
     ReceiverGone,
     SerializationError,
     ShutDown,
+    TaskTimeoutError,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from ._pools._future import Future
     from ._pools._pool import Pool
     from ._pools._stats import WorkerStats
-    from ._pools._task import TaskTimeoutError, WorkerLostError
+    from ._pools._task import WorkerLostError
     from ._servers._server import OneShotServer, Server
     from ._sets._events import ChannelClosed, MessageReceived, Ready
     from ._sets._receiver_set import ReceiverSet
@@ -82,7 +83,6 @@ _LATE = {
     "Route": "_sets._router",
     "Router": "_sets._router",
     "Server": "_servers._server",
-    "TaskTimeoutError": "_pools._task",
     "UndecodedMessage": "_sets._undecoded",
     "WorkerLostError": "_pools._task",
     "WorkerStats": "_pools._stats",

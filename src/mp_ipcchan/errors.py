@@ -6,6 +6,7 @@ side did, ``Empty`` and ``Full`` mean "not now", ``ProtocolError`` means that th
 
 from __future__ import annotations
 
+import importlib
 import queue
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,13 @@ __all__ = [
     "ReceiverGone",
     "SerializationError",
     "ShutDown",
+    "TaskTimeoutError",
+    "WorkerLostError",
 ]
 
 if TYPE_CHECKING:
+    from ._pools._task import WorkerLostError
+
     _StdlibShutDown = Exception
 else:
     # queue.ShutDown came with Python 3.13.
@@ -71,3 +76,14 @@ class ProtocolError(IpcError, OSError):
 
 class ShutDown(IpcError, _StdlibShutDown):
     """The queue was shut down: nothing more can be put, and what could be got has been."""
+
+
+class TaskTimeoutError(IpcError, TimeoutError):
+    """A task took longer than its ``timeout`` and was stopped."""
+
+
+def __getattr__(name: str) -> object:
+    # Its base, BrokenProcessPool, brings concurrent.futures and logging: for programs with pools alone.
+    if name == "WorkerLostError":
+        return getattr(importlib.import_module("._pools._task", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

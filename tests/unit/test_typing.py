@@ -71,7 +71,7 @@ WRONG_SERVERS = ("mp_ipcchan.connect('@name', type=int).send('')", "server.accep
 
 @pytest.mark.parametrize(("right", "wrong"), [(PROGRAM, WRONG), (SERVERS, WRONG_SERVERS)], ids=["contexts", "servers"])
 def test_programs(right: str, wrong: tuple[str, ...], tmp_path: Path) -> None:
-    """A context of ours is one of the stdlib's and has what is ours; servers know their type; what is wrong is found."""
+    """A context of ours is one of the stdlib's and has ours; servers know their type; what is wrong is found."""
     program = tmp_path / "program.py"
     program.write_text(right + "\n".join(wrong))
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), str(program)]

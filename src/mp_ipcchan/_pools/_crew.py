@@ -22,12 +22,13 @@ from typing import Any, Final
 
 from .._fd import Fd
 from .._interrupt import handlers_put_off, raised_by_handler
+from ..errors import TaskTimeoutError
 from . import _call, _logs, _resident
 from ._commons import Commons
 from ._future import begin
 from ._member import ENDING, STARTING, Member
 from ._schedule import TARGET, Lane, Schedule
-from ._task import Task, TaskTimeoutError, WorkerLostError
+from ._task import Task, WorkerLostError
 from ._worker import Setup
 
 #: How many workers in a row may end by themselves before they are ready; then the pool is broken.

@@ -23,6 +23,9 @@ class WorkerLostError(IpcError, BrokenProcessPool):
     killed it, such as "SIGKILL", or None. ``function``: the name of the task's function.
     """
 
+    # Tracebacks show it, who imports it from there or not.
+    __module__ = "mp_ipcchan"
+
     def __init__(self, pid: int, exitcode: int | None, function: str, hint: str = "") -> None:
         # All of them as arguments, so that the error can be pickled.
         super().__init__(pid, exitcode, function, hint)
@@ -36,10 +39,6 @@ class WorkerLostError(IpcError, BrokenProcessPool):
         how = f"was killed by {self.signal}" if self.signal else f"ended with exit code {self.exitcode}"
         hint = f" ({self.hint})" if self.hint else ""
         return f"worker {self.pid} {how} while it ran {self.function}{hint}; the pool goes on"
-
-
-class TaskTimeoutError(IpcError, TimeoutError):
-    """A task took longer than its ``timeout`` and was stopped."""
 
 
 def _signal_name(exitcode: int | None) -> str | None:
