@@ -29,9 +29,11 @@ from ._message import (
     INLINE_SIZE,
     MAX_BUFFERS,
     PLAIN,
+    PLAIN_SIZE,
     Descriptors,
     Handle,
     HandleKind,
+    Incoming,
     Message,
     Outgoing,
     Parcel,
@@ -41,6 +43,8 @@ from ._segments import _sealed_array
 from .errors import ProtocolError
 
 PROTOCOL = 5
+#: How a pickle of that protocol begins.
+_FIRST = pickle.PROTO + bytes([PROTOCOL])
 #: A buffer of at least this many bytes leaves the pickle, so that it is copied once, not thrice.
 OUT_OF_BAND = 32768
 #: But for the arrays of a message that has no more (bytes) of them: in a plain frame they save more than copies cost.
@@ -228,6 +232,12 @@ def encode(obj: object) -> Outgoing:
     frame = PLAIN + pieces.pop()
     _free.append(kept)
     return frame
+
+
+def is_pickle(incoming: Incoming) -> bool:
+    """Whether a message is what ``encode`` makes. In MessagePack nothing follows on a first byte of that value."""
+    start = incoming[PLAIN_SIZE : PLAIN_SIZE + 2] if isinstance(incoming, bytes) else bytes(incoming.body[:2])
+    return start == _FIRST
 
 
 def decoder(parcel: Parcel) -> Iterator[Any]:

@@ -156,7 +156,8 @@ def get_context(method: str | None = None) -> Context:
         context = _registry.get(name)
         if isinstance(context, Context):
             return context
-    raise ValueError(f"cannot find context for {method!r}; there are {', '.join(_ours)}")
+    there = sorted({*_ours, *(name for name, context in _registry.items() if isinstance(context, Context))})
+    raise ValueError(f"cannot find context for {method!r}; there are {', '.join(there)}")
 
 
 def install(method: str = "ipcchan") -> None:

@@ -38,7 +38,7 @@ class Decoding(NamedTuple):
 
     loads: Callable[[bytes], Any]
     decoder: Callable[[Parcel], Iterator[Any]]
-    report: Callable[[Exception], None]
+    report: Callable[[Exception, Incoming], None]
     #: What the messages of a typed channel are.
     of: Any = None
 
@@ -74,8 +74,7 @@ class Delivery:
         """Whether what has come while this waited may be newer than something elsewhere: then ``_take`` sees to it."""
         return False
 
-    @staticmethod
-    def _report(error: Exception) -> None:
+    def _report(self, error: Exception, incoming: Incoming) -> None:  # noqa: ARG002  (others look at it)
         """Raise what a message that can't be decoded is to raise, if not ``error`` itself."""
         if isinstance(error, MemoryError) and not isinstance(error, TooLargeError):
             raise TooLargeError from error
@@ -170,7 +169,7 @@ class Delivery:
                 undecodable = self._is_undecodable(inlet, incoming, error, decoding)
             if undecodable:
                 # Not kept in a variable: that would be a cycle, through the traceback, which holds descriptors open.
-                self._report(error)  # type: ignore[arg-type]
+                self._report(error, incoming)  # type: ignore[arg-type]
             raise
         return obj
 
@@ -250,13 +249,14 @@ class Delivery:
                 self._end_turn(inlet, mine, ends)
             if not taken:
                 raise
+            first = taken[0]
             try:
                 raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
             except BaseException:
                 # Another handler, before anything was done.
                 raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
             if undecodable:
-                self._report(error)  # type: ignore[arg-type]
+                self._report(error, first)  # type: ignore[arg-type]
             if raises:
                 raise
         return decoded

@@ -26,7 +26,12 @@ class Endpoint:
 
     __slots__ = ("__weakref__", "_link", "_moved")
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link = None) -> None:  # type: ignore[assignment]
+        if not isinstance(link, Link):
+            raise TypeError(
+                f"a {type(self).__name__} is not made by hand: channel() and bytes_channel() make both ends of a "
+                f"channel, connect() gives a Sender, a server's accept() a Receiver"
+            )
         self._link: Link | None = link
         self._moved = False
         endpoints.add(self)

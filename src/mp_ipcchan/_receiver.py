@@ -49,7 +49,7 @@ class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
                         # Another signal's handler, before anything was done.
                         undecodable = self._is_undecodable(inlet, first, error, True)
                     if undecodable:
-                        self._report(error)  # type: ignore[arg-type]
+                        self._report(error, first)  # type: ignore[arg-type]
                     raise
                 return obj  # type: ignore[no-any-return]
         deadline = None if timeout is None else deadline_in(timeout)
@@ -96,11 +96,16 @@ class ReceiverBase(Delivery, ReceivingEnd, Generic[T_co]):
             except EndOfStream:
                 raise Disconnected("every sender is gone, and all messages have been received") from None
 
-    @staticmethod
-    def _report(error: Exception) -> None:
-        Delivery._report(error)
-        if not isinstance(error, (ProtocolError, MemoryError)):
-            raise SerializationError(f"can't decode a message: {error}") from error
+    def _report(self, error: Exception, incoming: Incoming) -> None:
+        super()._report(error, incoming)
+        if isinstance(error, (ProtocolError, MemoryError)):
+            return
+        why = ""
+        if self._typed is None and not _codec.is_pickle(incoming):
+            why = " (it is no pickle: has only its sender's end of the channel a type?)"
+        elif self._typed is not None and _codec.is_pickle(incoming):
+            why = " (it is a pickle: only this end of the channel has a type)"
+        raise SerializationError(f"can't decode a message{why}: {error}") from error
 
     def to_opaque(self) -> OpaqueReceiver:
         """The same end, without what it says of its messages; this handle has moved then."""
@@ -116,7 +121,7 @@ class Receiver(ReceiverBase[T_co]):
 
     __slots__ = ("_decoder", "_loads", "_typed")
 
-    def __init__(self, link: Link, typed: TypedCodec | None = None) -> None:
+    def __init__(self, link: Link = None, typed: TypedCodec | None = None) -> None:  # type: ignore[assignment]
         super().__init__(link)
         #: Of a typed channel, what decodes its messages; else they are pickles.
         self._typed = typed

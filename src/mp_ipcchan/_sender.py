@@ -165,7 +165,7 @@ class Sender(SenderBase[T_contra]):
 
     __slots__ = ("_encode", "_typed")
 
-    def __init__(self, link: Link, typed: TypedCodec | None = None) -> None:
+    def __init__(self, link: Link = None, typed: TypedCodec | None = None) -> None:  # type: ignore[assignment]
         super().__init__(link)
         #: Of a typed channel, what encodes its messages; else they are pickles.
         self._typed = typed

@@ -164,6 +164,29 @@ def test_maxtasksperchild_is_not_for_others() -> None:
             FORK.Pool(engine=executor, maxtasksperchild=3)
 
 
+class _Client:
+    """As Dask's: no executor, though it has a ``submit``, but one gives one."""
+
+    def submit(self) -> None: ...
+
+    def get_executor(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [
+        ("dask://127.0.0.1:8786", "not str; .*MP_IPCCHAN_ENGINE=dask://host:port.*executor"),
+        (ThreadPoolExecutor, "ThreadPoolExecutor is a class"),
+        (_Client(), r"not _Client; .*get_executor\(\)"),
+        (3, "not int$"),
+    ],
+)
+def test_what_is_no_engine(engine: Any, text: str) -> None:
+    """The error says what to give in its place."""
+    with pytest.raises(TypeError, match=text):
+        FORK.Pool(1, engine=engine)
+
+
 # -- the environment's engine ----------------------------------------------------------------
 
 

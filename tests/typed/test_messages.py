@@ -26,14 +26,18 @@ from mp_ipcchan import (
     EndpointMoved,
     Fd,
     Full,
+    MessageReceived,
+    OneShotServer,
     Queue,
     Receiver,
     ReceiverGone,
+    ReceiverSet,
     Sender,
     SerializationError,
     SharedMemory,
     bytes_channel,
     channel,
+    connect,
 )
 from mp_ipcchan._typed_codec import codec_of
 
@@ -154,6 +158,55 @@ def test_F13_wrong_type_on_both_ends() -> None:
         with pytest.raises(SerializationError):
             rx.recv_many(10, LIMIT)
         assert rx.recv(LIMIT) == Person("next")
+
+
+@pytest.mark.parametrize("with_file", [False, True], ids=["plain", "file"])
+@pytest.mark.parametrize("size", [1, 200_000], ids=["small", "large"])
+@pytest.mark.parametrize("typed", ["receiver", "sender"])
+def test_only_one_end_has_a_type(typed: str, size: int, with_file: bool) -> None:
+    """The error says so, however the message is received."""
+    why = "it is a pickle: only this end" if typed == "receiver" else "it is no pickle: has only its sender's end"
+    sending, receiving = channel(Any)
+    tx = Sender[Any](sending._give_up(), None if typed == "receiver" else codec_of(Request))
+    rx = Receiver[Any](receiving._claim(), codec_of(Request) if typed == "receiver" else None)
+    with tx, Fd(0) as file:
+        for _ in range(3):
+            tx.send(Request("x" * size, file=(file,) if with_file else ()))
+        with pytest.raises(SerializationError, match=why) as caught:
+            rx.recv(LIMIT)
+        assert caught.value.__cause__ is not None
+        with pytest.raises(SerializationError, match=why):
+            rx.recv_many(1, LIMIT)
+        with ReceiverSet() as receivers:
+            receivers.add(rx)
+            [event] = receivers.select(LIMIT)
+            assert isinstance(event, MessageReceived)
+            with pytest.raises(SerializationError, match=why):
+                event.message.to()
+
+
+def test_too_large_is_no_pickle() -> None:
+    """What is wrong otherwise is not called another kind of message."""
+    tx, any_rx = channel(Any)
+    with tx, Receiver[Any](any_rx._claim(), codec_of(Any, 100_000)) as rx:
+        for wrong in ("x" * 200_000, ["x" * 70_000, "y" * 70_000]):
+            tx.send(wrong)
+            with pytest.raises(SerializationError, match="can't decode a message: .* larger than"):
+                rx.recv(LIMIT)
+
+
+def test_servers_of_another_type() -> None:
+    """A server and a client of which one has a type: the server hears what is wrong, and the log of one for many."""
+    with OneShotServer(type=Person) as server, connect(server.name) as tx:
+        tx.send(Person("a pickle"))
+        with pytest.raises(SerializationError, match="it is a pickle: only this end of the channel has a type"):
+            server.accept(LIMIT)
+    with OneShotServer() as server, connect(server.name, type=Person) as typed:
+        typed.send(Person("no pickle"))
+        with pytest.raises(
+            SerializationError, match="it is no pickle: has only its sender's end of the channel a type"
+        ):
+            server.accept(LIMIT)
 
 
 def test_the_rest_of_the_surface() -> None:

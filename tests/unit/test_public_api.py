@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_public_methods_are_documented(cls: type) -> None:
         if not name.startswith("_") and not inspect.getdoc(member) and member.__module__ == "mp_ipcchan"
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("name", ["Sender", "Receiver", "BytesSender", "BytesReceiver"])
+@pytest.mark.parametrize("args", [(), (3,), (None,)])
+def test_ends_are_not_made_by_hand(name: str, args: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=rf"a {name} is not made by hand: channel\(\)"):
+        getattr(mp_ipcchan, name)(*args)
 
 
 def test_errors_are_what_programs_catch() -> None:

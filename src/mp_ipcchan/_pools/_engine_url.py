@@ -13,6 +13,19 @@ VARIABLE = "MP_IPCCHAN_ENGINE"
 _PATIENCE = 10
 
 
+def check(engine: object) -> None:
+    """Raise ``TypeError`` where ``engine`` is no executor, with what to give in its place, if that is known."""
+    hint = ""
+    if isinstance(engine, str):
+        hint = f"; a scheduler's URL goes into the environment ({VARIABLE}=dask://host:port), or give its executor"
+    elif isinstance(engine, type):
+        hint = f": {engine.__name__} is a class; make one"
+    elif callable(getattr(engine, "get_executor", None)):
+        hint = "; give what its get_executor() returns"
+    if hint or not callable(getattr(engine, "submit", None)):
+        raise TypeError(f"engine must be a concurrent.futures.Executor, not {type(engine).__name__}{hint}")
+
+
 def from_environment() -> tuple[Executor | None, Callable[[], object] | None]:
     """The executor that the environment names, and what closes it; nothing where it names none."""
     url = os.environ.get(VARIABLE)

@@ -71,8 +71,8 @@ class Pool(stdlib.Pool):
             raise ValueError(f"task_timeout must be more than zero seconds: {task_timeout}")
         if retries < 0:
             raise ValueError(f"retries must not be negative: {retries}")
-        if engine is not None and not callable(getattr(engine, "submit", None)):
-            raise TypeError(f"engine must be a concurrent.futures.Executor, not {type(engine).__name__}")
+        if engine is not None:
+            _engine_url.check(engine)
         if engine is not None and maxtasksperchild is not None:
             raise ValueError("maxtasksperchild needs workers of the pool's own: leave it out, or engine")
         self._ctx = context or multiprocessing.get_context("ipcchan")

@@ -60,7 +60,7 @@ class UndecodedMessage:
             decoded.extend(map(loads, (incoming,)) if isinstance(incoming, bytes) else decoder(incoming))
         except BaseException as error:
             if isinstance(error, Exception) and not decoded and not raised_by_handler(error):
-                report(error)
+                report(error, incoming)
             elif is_intact(incoming):
                 # A signal's handler raised: the next call decodes it.
                 self._incoming = incoming
