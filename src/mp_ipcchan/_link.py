@@ -29,6 +29,10 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
+class User(Protocol):
+    _link: Link | None
+
+
 class Link:
     """Owns a socket; counts the handles that use it and closes it with the last one."""
 
@@ -96,16 +100,32 @@ class Link:
             self._uses += 1
         return self
 
-    def let_go(self, endpoint: Endpoint) -> None:
-        """``endpoint`` gives up its use of this, unless another thread was faster."""
-        if endpoint._link is self:
-            endpoint._link = None
-            self.release()
+    def let_go(self, user: User) -> None:
+        """``user`` gives up its use of this, unless another thread was faster."""
+        mine = False
+        try:
+            with _lock:
+                if user._link is self:
+                    # No signal's handler comes between these.
+                    user._link = None
+                    self._uses -= 1
+                    mine = True
+            if mine:
+                self._end_if_unused()
+        except BaseException:
+            # Perhaps a signal's handler: what it interrupted is done again, as ``user`` has nothing to close any more.
+            if mine:
+                self._end_if_unused()
+            raise
 
     def release(self) -> None:
         """One handle less. With the last one, what still waits to be sent is sent, then the socket closes."""
         with _lock:
             self._uses -= 1
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        with _lock:
             if self._uses or self.outlet.backlog:
                 return
             self._forget()

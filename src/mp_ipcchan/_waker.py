@@ -30,4 +30,7 @@ class Waker:
     def close(self) -> None:
         # The epoll set first: the socket may stay open in another process, and would go on firing.
         self.epoll.close()
-        os.close(self._event)
+        # Called again where a signal's handler came behind it: by then the number may be somebody else's.
+        fd, self._event = self._event, -1
+        if fd >= 0:
+            os.close(fd)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .._link import Link
+from .._link import Link, User
 from .._message import (
     PACKET_SIZE,
     PLAIN_SIZE,
@@ -51,13 +51,13 @@ class LaneLink(Link):
     def release(self) -> None:
         _switchboard.post(self.parting())
 
-    def let_go(self, endpoint: Endpoint) -> None:
+    def let_go(self, user: User) -> None:
         parting = self.parting()
         append = _switchboard.posted.append
         try:
-            if endpoint._link is self:
+            if user._link is self:
                 # No signal's handler comes between these two: the end is open, or is being closed.
-                endpoint._link = None
+                user._link = None
                 append(parting)
             _switchboard.settle()
         except BaseException:

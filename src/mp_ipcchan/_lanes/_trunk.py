@@ -42,9 +42,9 @@ class Trunk:
 
     __slots__ = (
         "__weakref__",
+        "_link",
         "_next",
         "_untold",
-        "_uses_link",
         "dead",
         "held",
         "intake",
@@ -57,7 +57,8 @@ class Trunk:
 
     def __init__(self, link: Link, side: int) -> None:
         self.link: Link = link.retain()
-        self._uses_link = True
+        #: None once its use was given up.
+        self._link: Link | None = link
         outlet = _TrunkOutlet(link.sock, link._emptied)
         outlet.lock = _switchboard.lock
         outlet.packs = True
@@ -152,11 +153,12 @@ class Trunk:
     def die(self) -> None:
         """No message comes or goes any more."""
         if not self.dead:
-            self.dead = True
             self._bury()
 
     def _bury(self) -> None:
         try:
+            # Not before the try: a signal's handler that comes between would leave it dead, and its socket open.
+            self.dead = True
             _switchboard.forget(self.intake)
             for stream, feed in list(self.receiving.items()):
                 feed.sink.unfeed(feed)
@@ -164,9 +166,7 @@ class Trunk:
             for stream, tail in list(self.sending.items()):
                 tail.lose()
                 self.sending.pop(stream, None)
-            if self._uses_link:
-                self._uses_link = False
-                self.link.release()
+            self.link.let_go(self)
         except BaseException:
             _switchboard.post_again(self._bury)
             raise
