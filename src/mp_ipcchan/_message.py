@@ -43,6 +43,7 @@ class TooLargeError(MemoryError):
     """A message is dropped, because this process has no memory for it: kept, it would be in the way for good."""
 
     def __init__(self, size: int | None = None) -> None:
+        self.size = size
         what = "a message" if size is None else f"a message of {size} bytes"
         super().__init__(
             f"{what} was dropped: this process has no memory for it; free some, or raise its limit (ulimit -v)"

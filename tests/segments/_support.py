@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 from collections.abc import Callable
@@ -49,6 +50,14 @@ def shared_memory_of(pid: int | str) -> int:
     with open(f"/proc/{pid}/status") as file:
         [line] = [line for line in file if line.startswith("RssShmem")]
     return int(line.split()[1]) * KIB
+
+
+def leave_address_space(size: int) -> None:
+    """Let this process have so much more memory (bytes), and no more."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * mmap.PAGESIZE + size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 NOBODY = 65534

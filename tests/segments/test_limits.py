@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import random
 import resource
@@ -18,7 +17,7 @@ from mp_ipcchan._segments import _segment
 
 from ..conformance._support import LIMIT, pattern
 from ..processes._support import context_of, running, started
-from ._support import KIB, MIB, array, check, in_child, kept
+from ._support import KIB, MIB, array, check, in_child, kept, leave_address_space
 
 SIZE = 100 * KIB
 
@@ -174,17 +173,9 @@ def test_position_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(fd)
 
 
-def _leave_address_space(size: int) -> None:
-    """Let this process have so much more memory (bytes), and no more."""
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[0])
-    limit = pages * mmap.PAGESIZE + size
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
 def _take_what_fits(rx: Any, take: Callable[[Any], object], room: int, attempts: int) -> None:
     # In a new process: a forked one may give back what it has inherited, and then have more.
-    _leave_address_space(room)
+    leave_address_space(room)
     for number in range(attempts):
         with pytest.raises(MemoryError, match=r"was dropped.*ulimit -v"):
             take(rx)
@@ -251,7 +242,7 @@ def _end_with_something_large(tx: Sender[Any], with_descriptor: bool) -> None:
 
 def _take_what_is_left(rx: Receiver[Any], with_descriptor: bool) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    _leave_address_space(BIG // 2)
+    leave_address_space(BIG // 2)
     assert [rx.recv(LIMIT) for _ in range(2000)] == list(range(2000))
     for number in range(2):
         with pytest.raises(MemoryError, match=r"was dropped.*ulimit -v"):

@@ -27,7 +27,7 @@ from .._message import HandleKind, Incoming, Outgoing
 from . import _switchboard
 from ._lane_feed import Feed
 from ._lane_inlet import LaneInlet
-from ._lane_message import LaneHandle, LaneLink, as_parcel
+from ._lane_message import LaneHandle, LaneLink, Lost, as_parcel
 from ._lane_outlet import LaneOutlet
 from ._lane_travel import ReceiverHandle, SenderHandle
 
@@ -147,7 +147,11 @@ class Tail(LaneLink):
             return
         noted: list[object] = []
         try:
-            outlet.pass_on(box[0], noted)
+            if not isinstance(box[0], Lost):
+                outlet.pass_on(box[0], noted)
+            else:
+                # Its receiver is in another process, which can't be told.
+                noted.append(None)
         finally:
             if noted or outlet.gone:
                 box.clear()
@@ -311,7 +315,8 @@ class Head(LaneLink):
         bind(tail)
         ready = self.inlet.ready
         for message in ready:
-            tail.outlet.pass_on(message, [])  # type: ignore[arg-type]
+            if not isinstance(message, Lost):
+                tail.outlet.pass_on(message, [])  # type: ignore[arg-type]
         # Without its parcels: their descriptors have gone along.
         ready.clear()
         self.inlet.close()

@@ -10,11 +10,11 @@ from typing import Protocol
 
 from .._inlet import EndOfStream, Inlet, ShutMark, Spill
 from .._link import Link
-from .._message import Incoming
+from .._message import Incoming, TooLargeError
 from ..errors import ProtocolError
 from . import _switchboard
 from ._lane_frame import WINDOW
-from ._lane_message import cost
+from ._lane_message import Lost, cost
 
 #: How many packets are handed out before others have a turn.
 MOST_PACKETS = 256
@@ -92,7 +92,10 @@ class Bridge(Feed):
             taken: object = None
             box: list[Incoming] = []
             try:
-                taken = inlet.take(False)
+                try:
+                    taken = inlet.take(False)
+                except TooLargeError as error:
+                    taken = Lost(error.size)
                 if isinstance(taken, Spill):
                     inlet.put_back(taken)
                 elif not isinstance(taken, ShutMark):

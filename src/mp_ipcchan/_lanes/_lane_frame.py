@@ -22,7 +22,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .._message import PLAIN, PLAIN_SIZE, Buffer, HandleKind
+from .._message import MAX_HANDLES, PLAIN, PLAIN_SIZE, Buffer, HandleKind
 from ..errors import ProtocolError
 
 #: How much a stream may have under way or unread on the other side (a cost, roughly bytes).
@@ -37,6 +37,10 @@ TRAILER = struct.Struct("<QB")
 _TOTAL = struct.Struct("<Q")
 _ENTRY = struct.Struct("<IBQ")
 _COUNT = struct.Struct("<I")
+
+
+#: No more than this stands behind a body (bytes).
+LONGEST_ENDING = MAX_HANDLES * _ENTRY.size + _COUNT.size + TRAILER.size
 
 
 class Op(enum.IntEnum):

@@ -13,12 +13,12 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from .._inlet import _MOST_LOOKS, EndOfStream, Inlet, Spill
-from .._message import Incoming
+from .._message import Incoming, TooLargeError
 from .._segments._segment_cache import SegmentCache
 from .._waker import Waker
 from . import _switchboard
 from ._lane_frame import HEAVY, OVERHEAD, WINDOW
-from ._lane_message import cost
+from ._lane_message import Lost, cost
 
 if TYPE_CHECKING:
     from ._lane import Head
@@ -75,6 +75,9 @@ class LaneInlet(Inlet):
                         self._grant()
                 else:
                     self._note_taking(1)
+                    if isinstance(message, Lost):
+                        self._take_ready()
+                        raise TooLargeError(message.size)
                 del message
                 return self._take_ready()
             if self.ended:

@@ -9,20 +9,34 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from .._inlet import EndOfStream, Inlet, NoRoom, ShutMark, Spill
 from .._link import Link
-from .._message import PLAIN_SIZE, HandleKind, Incoming, Parcel
+from .._message import PLAIN_SIZE, HandleKind, Incoming, Parcel, TooLargeError
+from .._transport.unix import Packet, end_of_body
 from ..errors import ProtocolError
 from . import _switchboard
 from ._lane import Head, Tail
 from ._lane_feed import MOST_PACKETS, Feed, Sink
-from ._lane_frame import DATA, OVERHEAD, TRAILER, WINDOW, Crossing, Op, split, split_crossings, total_of
+from ._lane_frame import (
+    DATA,
+    HEAVY,
+    LONGEST_ENDING,
+    OVERHEAD,
+    TRAILER,
+    WINDOW,
+    Crossing,
+    Op,
+    split,
+    split_crossings,
+    total_of,
+)
 from ._lane_inlet import parcels_held
-from ._lane_message import LaneLink, LaneParcel, cost, shorten
+from ._lane_message import LaneLink, LaneParcel, Lost, cost, shorten
 
 if TYPE_CHECKING:
     from ._trunk import Trunk
@@ -69,6 +83,24 @@ class StreamFeed(Feed):
 
     def forget(self) -> bool:
         return self._trunk.receiving.pop(self.stream, None) is not None
+
+
+class TrunkInlet(Inlet):
+    """The shared socket's."""
+
+    __slots__ = ("ending",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        #: What stands behind the message that was discarded last, unless that is known no more.
+        self.ending: bytes | None = None
+
+    def _discard(self, packet: Packet) -> None:
+        try:
+            self.ending = end_of_body(packet, LONGEST_ENDING)
+        except (OSError, MemoryError):
+            self.ending = None
+        super()._discard(packet)
 
 
 class Intake:
@@ -161,7 +193,12 @@ class Intake:
             box: list[Incoming] | None = None
             done = False
             try:
-                taken = inlet.take(False)
+                try:
+                    taken = inlet.take(False)
+                except TooLargeError as error:
+                    self._hand_over_lost(error)
+                    done = True
+                    continue
                 if taken.__class__ is bytes and len(taken) >= _SHORTEST and taken[-1] == DATA:
                     box = [taken[: -TRAILER.size]]
                     stream = TRAILER.unpack_from(taken, len(taken) - TRAILER.size)[0]
@@ -228,6 +265,19 @@ class Intake:
             return
         feed.fed += charge
         feed.sink.feed(box, feed)
+
+    def _hand_over_lost(self, error: TooLargeError) -> None:
+        """Tell the lane whose message found no memory; raises ``error`` where it isn't known which that is."""
+        inlet = self._trunk.link.inlet
+        assert isinstance(inlet, TrunkInlet)
+        ending, inlet.ending = inlet.ending, None
+        if ending is None:
+            raise error
+        stream, op, end = split(ending)
+        crossings = split_crossings(ending, end)[0] if op is Op.LANES else []
+        for crossing in crossings:
+            self._arrive(crossing, crossing.position + 1).release()
+        self._hand_over(stream, [Lost(error.size)], HEAVY)
 
     def _unwrap(self, incoming: Incoming, op: Op, end: int) -> Parcel:
         """The message in a packet that isn't a plain frame for a lane; ``end`` is where its trailer begins."""

@@ -30,7 +30,7 @@ from .._message import (
 )
 from ..errors import ProtocolError
 from . import _switchboard
-from ._lane_frame import DATA, OVERHEAD, TRAILER, Crossing, ending, weigh
+from ._lane_frame import DATA, HEAVY, OVERHEAD, TRAILER, Crossing, ending, weigh
 
 if TYPE_CHECKING:
     from .._endpoint import Endpoint
@@ -156,12 +156,25 @@ class LaneParcel(Parcel):
             self.close()
 
 
+class Lost(Parcel):
+    """Stands for a message that was dropped, because this process had no memory for it, until its receiver hears so."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__(b"", (), b"", [])
+        self.size = size
+
+
 def cost(message: Outgoing | Incoming) -> int:
     """What a message on the socket takes of its stream's window."""
     if isinstance(message, bytes):
         return len(message) + OVERHEAD
     if isinstance(message, Message):
         return weigh(len(message), bool(message.handles))
+    if isinstance(message, Lost):
+        # It was large.
+        return HEAVY
     return weigh(len(message.body) + sum(map(len, message.buffers)), bool(message.filenos()))
 
 

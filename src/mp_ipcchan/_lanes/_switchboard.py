@@ -28,6 +28,7 @@ from typing import Protocol
 
 from .._deadline import deadline_in, wait_for
 from .._interrupt import raised_by_handler
+from .._message import TooLargeError
 
 #: How long to wait (seconds) before something is tried again that no event tells of.
 _PAUSE = 0.02
@@ -353,7 +354,12 @@ def _run(board: _Board, waiter: _Waiter) -> None:
         settle()
         wait_for(waiter.fd, select.POLLIN, deadline_in(_PAUSE) if pending else None, *epoll)
         waiter.clear()
-        if not pump_all():
+        try:
+            good = pump_all()
+        except TooLargeError:
+            # Of what an ended process left behind: nobody here can be told.
+            good = True
+        if not good:
             time.sleep(_PAUSE)
         if pending:
             with lock:

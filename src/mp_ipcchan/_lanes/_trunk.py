@@ -20,7 +20,7 @@ from . import _switchboard
 from ._lane import Head, Tail
 from ._lane_feed import Sink
 from ._lane_frame import Op, control
-from ._lane_intake import Intake, StreamFeed
+from ._lane_intake import Intake, StreamFeed, TrunkInlet
 
 _trunks: weakref.WeakSet[Trunk] = weakref.WeakSet()
 
@@ -63,6 +63,8 @@ class Trunk:
         outlet.lock = _switchboard.lock
         outlet.packs = True
         link.outlet = outlet
+        # Nobody receives from it before it is in use.
+        link.inlet = TrunkInlet(link.sock)
         self.side = side
         #: What goes and what comes, by stream.
         self.sending: dict[int, Tail] = {}

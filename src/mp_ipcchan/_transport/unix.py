@@ -315,6 +315,20 @@ def _handles(frame: Frame, fds: list[int]) -> list[int]:
     return unload(rest[0], len(frame.kinds)) if frame.in_carrier else rest
 
 
+def end_of_body(packet: Packet, most: int) -> bytes:
+    """The last bytes of a message that could not be opened for want of memory, as it lies in a segment.
+
+    Raises ``ProtocolError`` for any other packet.
+    """
+    data, ancillary, _, _ = packet
+    fds = descriptors_in(ancillary)
+    frame = parse(data, len(fds))
+    if frame.kind is not FrameKind.ENVELOPE or not frame.in_segment:
+        raise ProtocolError("a packet could not be opened, and it was not for want of memory")
+    size = min(most, frame.body_size)
+    return os.pread(fds[0], size, frame.body_size - size)
+
+
 def close_all(fds: list[int]) -> None:
     """Empty ``fds``; each is closed by the C call that takes it out, so no signal's handler can come between."""
     list(map(os.close, map(fds.pop, [-1] * len(fds))))
