@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Disconnected",
@@ -51,7 +51,17 @@ class Empty(IpcError, queue.Empty):
 
 
 class Full(IpcError, queue.Full):
-    """The kernel can't take the message now, or could not in the time given. Nothing was sent."""
+    """The kernel can't take the message now, or could not in the time given. Nothing was sent.
+
+    Of a queue: it has no room. Of ``put_many``: ``put`` of the objects are in the queue, and ``refused`` is the next.
+    """
+
+    put: int = 0
+    refused: object = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It may be anything; in another process it is of no use.
+        return type(self), self.args, {"put": self.put}
 
 
 class SerializationError(IpcError, ValueError):

@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import chain
 from multiprocessing import queues
 from typing import Any
 
 import pytest
 
-from mp_ipcchan import JoinableQueue, Pipe, Queue, SimpleQueue, bytes_channel, channel
+from mp_ipcchan import Full, JoinableQueue, Pipe, Queue, SimpleQueue, bytes_channel, channel
 from tests.conformance._support import InThread
 
 from ._support import LIMIT, AnyQueue, Crew, put_all, take, until
@@ -144,6 +145,63 @@ def test_put_many_that_fails(queue: Queue[Any]) -> None:
         queue.put_many([3, 4, threading.Lock(), 5])
     assert [take(queue) for _ in range(5)] == [0, 1, 2, 3, 4]
     assert queue.empty()
+
+
+@pytest.mark.parametrize("made", [Queue, JoinableQueue])
+@pytest.mark.parametrize(("block", "timeout"), [(False, None), (False, LIMIT), (True, 0.1), (True, -1)])
+def test_put_many_without_room(made: type[Queue[int]], block: bool, timeout: float | None) -> None:
+    """The error tells what is in the queue and what came next; all of it goes on from there, nothing twice."""
+    with closing(made(3)) as queue:
+        numbers = iter(range(8))
+        start = time.monotonic()
+        with pytest.raises(stdlib.Full) as caught:
+            queue.put_many(numbers, block, timeout)
+        took = time.monotonic() - start
+        assert took < LIMIT / 2
+        assert took >= (0.1 if timeout == 0.1 else 0)
+        assert isinstance(caught.value, Full)
+        assert (caught.value.put, caught.value.refused) == (3, 3)
+        assert queue.qsize() == 3
+        assert [take(queue) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(Full) as again:
+            queue.put_many(chain([caught.value.refused], numbers), False)
+        assert (again.value.put, again.value.refused) == (3, 6)
+        assert [take(queue), take(queue)] == [3, 4]
+        queue.put_many(chain([again.value.refused], numbers), block, timeout)
+        assert [take(queue) for _ in range(3)] == [5, 6, 7]
+        assert queue.qsize() == 0
+
+
+def test_put_many_waits_for_room() -> None:
+    """Its time is for all together, and as long as it isn't over, each gets in when there is room."""
+    with closing(Queue[int](2)) as queue:
+        putting = InThread(lambda: queue.put_many(range(100), timeout=LIMIT))
+        assert [take(queue) for _ in range(100)] == [*range(100)]
+        putting.result()
+
+        def slow() -> Iterator[int]:
+            yield 0
+            time.sleep(0.05)
+            # The time is over: these find room, the one behind them none.
+            yield from (1, 2)
+
+        with pytest.raises(Full) as caught:
+            queue.put_many(slow(), timeout=0.02)
+        assert (caught.value.put, caught.value.refused, queue.qsize()) == (2, 2, 2)
+
+
+def test_put_many_that_is_refused_a_receiver() -> None:
+    """It works as before; and the error can be sent, without it."""
+    tx, rx = channel()
+    with tx, rx, closing(Queue[Any](1)) as queue:
+        with pytest.raises(Full) as caught:
+            queue.put_many([1, rx], block=False)
+        assert caught.value.refused is rx
+        there = pickle.loads(pickle.dumps(caught.value))
+        assert (type(there), there.args, there.put, there.refused) == (Full, caught.value.args, 1, None)
+        tx.send(5)
+        assert rx.recv(LIMIT) == 5
+        caught.value.refused = None
 
 
 # -- what can't be pickled -------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .._inlet import ShutMark
 from .._message import Incoming, Outgoing, TooLargeError
 from .._transport._spill import lower_limit
 from .._transport.unix import SEND_FLAGS
-from ..errors import Empty, ShutDown
+from ..errors import Empty, Full, ShutDown
 from ._books import Books
 from ._ends import LOOK_EVERY, Ends
 from ._ledger import DETOUR, DISCARDED, SHUT, STATE, TAKEN
@@ -168,9 +168,16 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
         """``put(obj, False)``."""
         self.put(obj, False)
 
-    def put_many(self, objs: Iterable[T]) -> None:
-        """Put each of ``objs``, in order, as it comes; where one fails, those before it are in the queue."""
+    def put_many(self, objs: Iterable[T], block: bool = True, timeout: float | None = None) -> None:
+        """Put each of ``objs``, in order, as it comes; where one fails, those before it are in the queue.
+
+        ``timeout`` is for all together. ``queue.Full`` has ``put``, how many are in the queue, and ``refused``, the
+        next, which isn't: an iterator goes on behind it.
+        """
         self._check_open()
+        deadline = deadline_in(timeout) if block else None
+        # Only a bounded queue is ever full, and there nothing is put at one go.
+        count = 0
         encode, ledger, outlet, direct = _codec.encode, self._ledger, self._outlet, self._plain
         put, send = ledger.put, outlet.send_raw
         for obj in objs:
@@ -183,7 +190,12 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
                         continue
                 except BlockingIOError:
                     pass
-            self._put(item, True, None)
+            try:
+                self._put(item, block, deadline)
+            except Full as full:
+                full.put, full.refused = count, obj
+                raise
+            count += 1
 
     # -- taking ------------------------------------------------------------------------------
 
