@@ -118,23 +118,24 @@ def _rebuild_sender(
 class _MovingHandle:
     """A receiver on its way: gone once the message has left, restored if it never does."""
 
-    __slots__ = ("_link", "_receiver", "_waiting", "kind")
+    __slots__ = ("_receiver", "_waiting", "end", "kind")
 
     def __init__(self, receiver: ReceivingEnd, link: Link, waiting: list[Incoming]) -> None:
         self.kind = HandleKind.RECEIVER
         self._receiver = receiver
-        self._link = link
+        #: This process's, which is given up.
+        self.end = link
         self._waiting = waiting
 
     def fileno(self) -> int:
-        return self._link.fileno()
+        return self.end.fileno()
 
     def sent(self) -> None:
-        self._link.release()
+        self.end.release()
 
     def unsent(self) -> None:
-        self._link.inlet.put_back(*self._waiting)
-        self._receiver._restore(self._link)
+        self.end.inlet.put_back(*self._waiting)
+        self._receiver._restore(self.end)
 
     arrive = unsent
 

@@ -36,11 +36,13 @@ class User(Protocol):
 class Link:
     """Owns a socket; counts the handles that use it and closes it with the last one."""
 
-    __slots__ = ("__weakref__", "_inode", "_uses", "front", "inlet", "outlet", "sock", "waits")
+    __slots__ = ("__weakref__", "_inode", "_peer", "_uses", "front", "inlet", "outlet", "sock", "waits")
 
     def __init__(self, sock: socket.socket, inode: int) -> None:
         self.sock: socket.socket = sock
         self._inode = inode
+        #: Of the other end, where both were made here; 0 where that isn't known.
+        self._peer = 0
         self._uses = 1
         #: The same end of a queue's front lane (``_ends``); this link's to release.
         self.front: Link | None = None
@@ -53,8 +55,9 @@ class Link:
     @classmethod
     def pair(cls, send_buffer: int) -> tuple[Link, Link]:
         """The two ends of a new socket pair, each used once."""
-        first, second = unix.make_pair(send_buffer)
-        return cls.of(first), cls.of(second)
+        first, second = map(cls.of, unix.make_pair(send_buffer))
+        first._peer, second._peer = second._inode, first._inode
+        return first, second
 
     @classmethod
     def of(cls, sock: socket.socket) -> Link:
@@ -79,6 +82,10 @@ class Link:
 
     def fileno(self) -> int:
         return self.sock.fileno()
+
+    def leads_to(self, end: object) -> bool:
+        """Whether what is sent here comes out at ``end``; False where this process can't tell."""
+        return self._peer > 0 and self._peer == getattr(end, "_inode", 0)
 
     def lend(self, endpoint: Endpoint | None) -> MovingHandle | None:  # noqa: ARG002
         """A handle that takes ``endpoint``, which stands on this, to wherever a message goes; it need not be a

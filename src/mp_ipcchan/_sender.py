@@ -12,7 +12,7 @@ from ._deadline import deadline_in
 from ._endpoint import Endpoint
 from ._interrupt import raised_by_handler
 from ._link import Link
-from ._message import INLINE_SIZE, PLAIN, Message, Outgoing
+from ._message import INLINE_SIZE, PLAIN, HandleKind, Message, Outgoing
 from ._opaque import OpaqueSender, Origin
 from ._outlet import LARGE
 from ._transport.unix import SEND_FLAGS
@@ -37,10 +37,21 @@ class SenderBase(Endpoint, Generic[T_contra]):
 
     def _message(self, obj: T_contra) -> Outgoing:
         try:
-            return self._encode(obj)
+            item = self._encode(obj)
         except Exception as error:
             self._report(obj, error)
             raise
+        if isinstance(item, Message):
+            self._check_way(item)
+        return item
+
+    def _check_way(self, message: Message) -> None:
+        """Refuse what brings this very channel's receiver: there would be none left to receive it."""
+        link = self._link
+        for handle in message.handles:
+            if handle.kind is HandleKind.RECEIVER and link and link.leads_to(getattr(handle, "end", None)):
+                message.unsent()
+                raise SerializationError("can't send a receiver through its own channel: nobody could receive it then")
 
     def send(self, obj: T_contra, timeout: float | None = None) -> None:
         """Send ``obj``; without ``timeout`` this never waits for the receiver, however far behind it is.
@@ -59,6 +70,7 @@ class SenderBase(Endpoint, Generic[T_contra]):
         try:
             if timeout is None:
                 if item.__class__ is not bytes:
+                    self._check_way(item)  # type: ignore[arg-type]
                     outlet.send(item)
                     return
                 size = len(item)
@@ -79,6 +91,8 @@ class SenderBase(Endpoint, Generic[T_contra]):
                 else:
                     outlet.send(item)
                 return
+            if item.__class__ is not bytes:
+                self._check_way(item)  # type: ignore[arg-type]
             sent = outlet.send_by(item, deadline_in(timeout))
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ReceiverGone(error.errno, "the receiver is gone") from error
@@ -129,6 +143,7 @@ class SenderBase(Endpoint, Generic[T_contra]):
                     if plain:
                         batch.append(item)  # type: ignore[arg-type]
                     else:
+                        self._check_way(item)  # type: ignore[arg-type]
                         outlet.send(item)
                         size = 0
             finally:

@@ -6,6 +6,7 @@ test asserts what ours promises in its place, and its docstring says so.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import pickle
@@ -383,15 +384,47 @@ def test_S05_sender_through_its_own_channel() -> None:
             rx.recv(LIMIT)
 
 
-def test_S05_channel_that_only_holds_itself() -> None:
-    """A channel whose ends are both in its own queue is freed by the kernel, with all that it holds."""
+@pytest.mark.parametrize("size", [1, 100_000], ids=["small", "large"])
+@pytest.mark.parametrize("how", ["send", "timeout", "try_send", "send_many", "send_async", "clone", "opaque"])
+def test_S05_receiver_through_its_own_channel(how: str, size: int) -> None:
+    """It would be lost, with all that was sent: that is an error, and both ends work as before."""
     tx, rx = channel()
+    witness_tx, witness_rx = channel()
+    with tx, rx, witness_tx, witness_rx, tx.clone() as clone:
+        tx.send((bytes(size), witness_rx))
+        moved: Any = rx.to_opaque() if how == "opaque" else rx
+        message = (bytes(size), moved)
+        sends: dict[str, Callable[[], object]] = {
+            "timeout": lambda: tx.send(message, LIMIT),
+            "try_send": lambda: tx.try_send(message),
+            "send_many": lambda: tx.send_many([message]),
+            "send_async": lambda: asyncio.run(tx.send_async(message)),
+            "clone": lambda: clone.send(message),
+        }
+        with pytest.raises(SerializationError, match="its own channel"):
+            sends.get(how, lambda: tx.send(message))()
+        with moved.to() if how == "opaque" else rx as still:
+            data, received = still.recv(LIMIT)
+            with received:
+                assert len(data) == size
+                witness_tx.send("still there")
+                assert received.recv(LIMIT) == "still there"
+            with pytest.raises(Empty):
+                still.try_recv()
+
+
+def test_S05_channels_that_only_hold_each_other() -> None:
+    """Channels whose ends are all in their own queues are freed by the kernel, with all that these hold."""
+    tx, rx = channel()
+    other_tx, other_rx = channel()
     witness_tx, witness_rx = channel()
     with witness_rx:
         tx.send((tx, witness_tx))
         witness_tx.close()
-        tx.send(rx)
+        other_tx.send(rx)
+        tx.send(other_rx)
         tx.close()
+        other_tx.close()
 
         def look() -> None:
             # The kernel looks for such channels whenever a socket closes.

@@ -326,6 +326,16 @@ def test_awaiting_ends_that_close(ends: tuple[Mux, Mux], loop: Loop) -> None:  #
 # -- what has descriptors ----------------------------------------------------------------------
 
 
+def test_a_receiver_through_its_own_channel(ends: tuple[Mux, Mux]) -> None:
+    """While both ends are in one process that is an error; the receiver works as before."""
+    tx, rx = ends[0].channel()
+    with tx, rx:
+        with pytest.raises(SerializationError, match="its own channel"):
+            tx.send(rx)
+        tx.send("still there")
+        assert rx.recv(LIMIT) == "still there"
+
+
 def test_memory_and_files(ends: tuple[Mux, Mux]) -> None:
     """Memory is shared by both sides, not copied; files arrive open."""
     tx, rx = crossing(*ends)

@@ -452,6 +452,14 @@ def test_a_receiver_moves(pair: tuple[Sender[Request], Receiver[Request]]) -> No
     assert late.text == "late"
 
 
+def test_a_receiver_through_its_own_channel(pair: tuple[Sender[Request], Receiver[Request]]) -> None:
+    tx, rx = pair
+    with pytest.raises(SerializationError, match="its own channel"):
+        tx.send(Request(requests=rx))
+    tx.send(Request("still there"))
+    assert rx.recv(LIMIT).text == "still there"
+
+
 def test_a_waiting_message_with_descriptors_moves(pair: tuple[Sender[Request], Receiver[Request]]) -> None:
     """One that had been taken from the kernel and put back."""
     tx, rx = pair

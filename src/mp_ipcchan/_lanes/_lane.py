@@ -77,6 +77,9 @@ class Tail(LaneLink):
         trunk, link = self.outlet.trunk, self.outlet.link
         return trunk.fileno() if trunk is not None else link.fileno() if link is not None else -1
 
+    def leads_to(self, end: object) -> bool:
+        return self.outlet.head is end and end is not None
+
     # -- who uses it -------------------------------------------------------------------------
 
     def retain(self) -> Tail:

@@ -117,13 +117,14 @@ class SenderHandle(TravellingLane):
 class ReceiverHandle(TravellingLane):
     """A receiver that moves: its head has been taken out of it, and is put back if the message never leaves."""
 
-    __slots__ = ("_head", "_stays", "_stream", "_trunk")
+    __slots__ = ("_stays", "_stream", "_trunk", "end")
 
     kind = HandleKind.RECEIVER
 
     def __init__(self, head: Head, endpoint: Endpoint | None) -> None:
         super().__init__(endpoint)
-        self._head = head
+        #: This process's, which is given up.
+        self.end = head
         self._trunk: Trunk | None = None
         self._stream = -1
         self._stays = False
@@ -139,7 +140,7 @@ class ReceiverHandle(TravellingLane):
 
     def stay(self) -> LaneLink:
         self._stays = True
-        return self._head
+        return self.end
 
     def back(self) -> None:
         self._stays = False
@@ -153,17 +154,17 @@ class ReceiverHandle(TravellingLane):
         self._told = True
         near, trunk, stream = self._near, self._trunk, self._stream
         if trunk is not None:
-            self._head.leave(lambda tail: trunk.use_reserved(tail, stream))
+            self.end.leave(lambda tail: trunk.use_reserved(tail, stream))
         elif near is not None and self._far is not None:
             self._far.release()
-            self._head.leave(lambda tail: tail.bind_channel(near))
+            self.end.leave(lambda tail: tail.bind_channel(near))
         elif not self._stays:
-            self._head.close()
+            self.end.close()
 
     def unsent(self) -> None:
         # At once: whoever tried to send the receiver goes on to use it.
         super()._unsent()
         if self._endpoint is not None:
-            self._endpoint._link, self._endpoint._moved = self._head, False
+            self._endpoint._link, self._endpoint._moved = self.end, False
         else:
-            self._head.release()
+            self.end.release()
