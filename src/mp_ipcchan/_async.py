@@ -331,10 +331,14 @@ async def _send_in_turn(host: Host, link: Callable[[], Link], item: Outgoing, wa
         if outlet.drain() and outlet.try_send(item):
             return
         pause = outlet.pause()
-        if pause is None:
-            await _ready(host, outlet.fileno(), True, waits)
-        else:
+        if pause is not None:
             await host.sleep(pause)
+        elif outlet.announces:
+            outlet.announce(waits.close)
+            waits.steps = 0
+            await host.called(outlet.has_room, waits)
+        else:
+            await _ready(host, outlet.fileno(), True, waits)
 
 
 def _reset_after_fork() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from ._backlog import NOT_NOW, Backlog
 from ._message import INLINE_SIZE, LARGE_BUFFER, Outgoing
@@ -26,6 +27,17 @@ _IMPATIENT, _MOST_IMPATIENT = 8, 1024
 
 class Outlet(Backlog):
     __slots__ = ("_impatience", "_impatient")
+
+    #: Whether ``announce`` takes the place of a descriptor that tells of room.
+    announces: ClassVar[bool] = False
+
+    def announce(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called once, by any thread, when there is room; perhaps at once."""
+        raise NotImplementedError
+
+    def has_room(self) -> bool:
+        """Whether trying again makes sense, or nobody is there any more who could make room."""
+        raise NotImplementedError
 
     def _begin(self, emptied: Callable[[], None]) -> None:
         super()._begin(emptied)

@@ -294,6 +294,34 @@ def test_awaited_room(ends: tuple[Mux, Mux], loop: Loop) -> None:  # noqa: F811
     loop.run(main)
 
 
+def test_awaited_room_takes_no_descriptor(ends: tuple[Mux, Mux], loop: Loop) -> None:  # noqa: F811
+    """However many wait; what there is at most is the thread's that listens for them."""
+
+    async def main(loop: Loop) -> None:
+        lanes = [crossing(*ends) for _ in range(50)]
+        await loop.settle()
+        before = len(os.listdir("/proc/self/fd"))
+        async with loop.tasks() as start:
+
+            async def fill(tx: Sender[Any]) -> None:
+                for number in range(10):
+                    # Four of these are a window.
+                    await tx.send_async((number, bytes(40_000)))
+                tx.close()
+
+            tasks = [start(fill, tx) for tx, _ in lanes]
+            await loop.settle()
+            assert not any(task.ended for task in tasks)
+            assert len(os.listdir("/proc/self/fd")) < before + len(lanes) // 2
+            for _, rx in lanes:
+                assert [message[0] async for message in rx] == [*range(10)]
+                rx.close()
+            await loop.settle(lambda: all(task.ended for task in tasks))
+            assert not any(task.error for task in tasks)
+
+    loop.run(main)
+
+
 def test_awaiting_ends_that_close(ends: tuple[Mux, Mux], loop: Loop) -> None:  # noqa: F811
     """Who waits hears of its end's closing, and a sender of its receiver's."""
 

@@ -7,7 +7,6 @@ one with the socket's own when the process ends.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -25,17 +24,14 @@ if TYPE_CHECKING:
     from ._trunk import Trunk
 
 
-#: The most that an eventfd holds.
-_FULL = 0xFFFFFFFFFFFFFFFE
-
-
 class LaneOutlet(Outlet):
     """The sending half of a tail. One of ``head``, ``trunk`` and ``link`` is where messages go."""
 
-    __slots__ = ("_gate", "_trailer", "allowed", "gone", "head", "link", "passed", "stream", "trunk")
+    __slots__ = ("_call", "_trailer", "allowed", "gone", "head", "link", "passed", "stream", "trunk")
 
     #: What has waited in a head that moves is appended at one go.
     open_ended = False
+    announces = True
 
     def __init__(self, emptied: Callable[[], None]) -> None:
         self._begin(emptied)
@@ -45,8 +41,8 @@ class LaneOutlet(Outlet):
         self.trunk: Trunk | None = None
         self.stream = -1
         self._trailer = b""
-        #: There once somebody has asked for ``fileno``.
-        self._gate: _Gate | None = None
+        #: Whom to call when there is room.
+        self._call: Callable[[], object] | None = None
         #: The cost of all that was sent on the stream, and how much that may come to.
         self.passed = 0
         self.allowed = WINDOW
@@ -89,7 +85,7 @@ class LaneOutlet(Outlet):
         try:
             with self.lock:
                 super().defer(item, accepted)
-                if len(self.backlog) == 1 and self._has_room():
+                if len(self.backlog) == 1 and self.has_room():
                     # The other side has read since this was refused, and may have no more to say.
                     self._go_on()
         finally:
@@ -150,39 +146,35 @@ class LaneOutlet(Outlet):
 
     def _await_room(self, deadline: float | None) -> bool:
         if self._refusal == errno.EAGAIN:
-            return _switchboard.wait(self, self._has_room, deadline)
+            return _switchboard.wait(self, self.has_room, deadline)
         return super()._await_room(deadline)
 
     def _widen(self) -> None:
         """What has no room here is beyond the stream's window, not the socket's buffer."""
 
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
         return self.gone or self.passed < self.allowed
 
-    def fileno(self) -> int:
-        """A descriptor that is writable once there is room: this lane's own, from now on."""
+    def announce(self, call: Callable[[], object]) -> None:
         with self.lock:
-            if self._gate is None:
-                self._gate = _Gate()
-            if self._has_room():
-                self._open_gate()
-            else:
-                self._gate.shut()
-                # Its thread hears of the room.
-                _switchboard.need(self._gate)
-            return self._gate.fileno()
+            self._call = call
+            # Its thread hears of the room.
+            _switchboard.need(call)
+            if self.has_room():
+                self._tell_of_room()
 
-    def _open_gate(self) -> None:
-        if self._gate is not None:
-            self._gate.open()
-            _switchboard.done_with(self._gate)
+    def _tell_of_room(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            _switchboard.done_with(call)
+            call()
 
     def allow(self, total: int) -> None:
         """The other side has taken this much."""
         self.allowed = max(self.allowed, total + WINDOW)
         self._go_on()
-        if self._has_room():
-            self._open_gate()
+        if self.has_room():
+            self._tell_of_room()
         _switchboard.wake(self)
 
     def pass_on(self, incoming: Incoming, noted: list[object]) -> None:
@@ -251,46 +243,9 @@ class LaneOutlet(Outlet):
         self.gone = True
         self.trunk = None
         self._drop_all()
-        self._open_gate()
+        self._tell_of_room()
         _switchboard.wake(self)
 
     def close(self) -> None:
         super().close()
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            _switchboard.done_with(gate)
-            gate.close()
-
-
-class _Gate:
-    """Shows to ``poll`` whether there is room: an eventfd, which is writable unless it is full."""
-
-    __slots__ = ("_fd",)
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def open(self) -> None:
-        try:
-            os.eventfd_read(self._fd)
-        except BlockingIOError:
-            pass
-
-    def shut(self) -> None:
-        try:
-            os.eventfd_write(self._fd, _FULL)
-        except BlockingIOError:
-            # It is.
-            pass
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        # In a forked child nobody closes it.
-        self.close()
+        self._tell_of_room()
