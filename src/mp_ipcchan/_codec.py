@@ -179,19 +179,8 @@ def _writable(array: Any) -> Any:
     if array.nbytes < _COSTLY_COPY or array.dtype.hasobject or not array.flags.forc:
         return array.copy("K")
     numpy = sys.modules["numpy"]
-    order = "C" if array.flags.c_contiguous else "F"
-    return numpy.ndarray(array.shape, array.dtype, numpy.asarray(_Bytes(array)), order=order)
-
-
-class _Bytes:
-    """The bytes of an array, for numpy, as if they could be written to."""
-
-    __slots__ = ("__array_interface__", "_array")
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        data = array.__array_interface__["data"][0], False
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (array.nbytes,), "data": data}
+    memory = numpy.asarray(_sealed_array.Bytes(array))
+    return numpy.ndarray(array.shape, array.dtype, memory, order=_sealed_array.order_of(array))
 
 
 def _arrays_in(obj: object) -> int:

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .._message import Descriptors, Handle, HandleKind
 from ..errors import ProtocolError
@@ -40,22 +40,32 @@ _ENTRY = 8
 _STRIDE = 1 << 20
 
 
-class _Pages:
-    """A sealed segment as a received array has it mapped: the last of its ``base``."""
+class Bytes:
+    """The bytes of an array, for numpy, as if they could be written to: the last ``base`` of the arrays in them."""
 
-    __slots__ = ("__array_interface__", "_memory", "address", "descriptors")
+    __slots__ = ("__array_interface__", "_array", "address")
+
+    def __init__(self, array: Array) -> None:
+        #: Keeps them there.
+        self._array = array
+        self.address: int = _address(array)
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (array.nbytes,),
+            "data": (self.address, False),
+        }
+
+
+class _Pages(Bytes):
+    """A sealed segment as a received array has it mapped."""
+
+    __slots__ = ("descriptors",)
 
     def __init__(self, fd: int, size: int) -> None:
         import numpy as np
 
-        self._memory = map_private(fd, size)
-        self.address: int = np.frombuffer(self._memory, np.uint8).__array_interface__["data"][0]
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (size,),
-            "data": (self.address, False),
-        }
+        super().__init__(np.frombuffer(map_private(fd, size), np.uint8))
         #: What it takes to send it on; only while there are plenty.
         self.descriptors = Descriptors([])
         self.descriptors.fds.extend(map(os.dup, (fd,)))
@@ -104,8 +114,7 @@ def pack(array: Array) -> tuple[Description, Handle] | None:
         except OSError:
             # The ordinary way needs less, or says what is missing.
             return None
-    order = "C" if array.flags.c_contiguous else "F"
-    return (array.dtype, array.shape, order, offset), _SealedHandle(descriptors)
+    return (array.dtype, array.shape, order_of(array), offset), _SealedHandle(descriptors)
 
 
 def unpack(fd: int, dtype: np.dtype[Any], shape: Sequence[int], order: Any, offset: int) -> Array:
@@ -125,6 +134,11 @@ def unpack(fd: int, dtype: np.dtype[Any], shape: Sequence[int], order: Any, offs
         memory, offset = np.frombuffer(_segment.read(fd, needed, offset), np.uint8), 0
     array: Array = np.ndarray(shape, dtype, memory, offset, order=order)
     return array
+
+
+def order_of(array: Array) -> Literal["C", "F"]:
+    """In which order its items lie, without gaps."""
+    return "C" if array.flags.c_contiguous else "F"
 
 
 def _pages_of(array: Array) -> _Pages | None:
