@@ -49,6 +49,9 @@ class TooLargeError(MemoryError):
             f"{what} was dropped: this process has no memory for it; free some, or raise its limit (ulimit -v)"
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.size,)
+
 
 class HandleKind(enum.IntEnum):
     """What a travelling descriptor is; it goes beside the descriptor, so nobody has to guess."""

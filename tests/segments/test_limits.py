@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import random
 import resource
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from mp_ipcchan import Fd, Receiver, Sender, SimpleQueue, channel
+from mp_ipcchan._message import TooLargeError
 from mp_ipcchan._segments import _segment
 
 from ..conformance._support import LIMIT, pattern
@@ -230,6 +232,13 @@ def test_more_than_a_taker_has_memory_for(room: int) -> None:
         for number in range(2):
             sending.send_bytes(bytes(BIG))
             sending.send_bytes(bytes([number]))
+
+
+def test_the_error_of_a_dropped_message_can_be_pickled() -> None:
+    """A task in another process may raise it."""
+    for size in (None, 5):
+        error = TooLargeError(size)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def _end_with_something_large(tx: Sender[Any], with_descriptor: bool) -> None:
