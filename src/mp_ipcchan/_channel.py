@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 from . import _codec
 from ._endpoint import ReceivingEnd
-from ._link import Link, LinkHandle
+from ._link import Link, LinkHandle, in_transit
 from ._message import (
     CHANNEL_BUFFER,
     Descriptors,
@@ -118,24 +118,30 @@ def _rebuild_sender(
 class _MovingHandle:
     """A receiver on its way: gone once the message has left, restored if it never does."""
 
-    __slots__ = ("_receiver", "_waiting", "end", "kind")
+    __slots__ = ("__weakref__", "_receiver", "_waiting", "end", "kind")
 
     def __init__(self, receiver: ReceivingEnd, link: Link, waiting: list[Incoming]) -> None:
         self.kind = HandleKind.RECEIVER
-        self._receiver = receiver
+        #: None once the journey has ended.
+        self._receiver: ReceivingEnd | None = receiver
         #: This process's, which is given up.
         self.end = link
         self._waiting = waiting
+        in_transit.add(self)
 
     def fileno(self) -> int:
         return self.end.fileno()
 
     def sent(self) -> None:
-        self.end.release()
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            self.end.release()
 
     def unsent(self) -> None:
-        self.end.inlet.put_back(*self._waiting)
-        self._receiver._restore(self.end)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            self.end.inlet.put_back(*self._waiting)
+            receiver._restore(self.end)
 
     arrive = unsent
 

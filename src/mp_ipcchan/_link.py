@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Protocol
 
 from ._inlet import Inlet
-from ._message import HandleKind, MovingHandle
+from ._message import Handle, HandleKind, MovingHandle
 from ._outlet import Outlet
 from ._transport import unix
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 #: Reentrant: a finaliser may release a link while this thread registers another.
 _lock = threading.RLock()
 _links: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
+
+
+#: What messages that have not left have taken along of links. A forked child lets go of it: it is the parent's.
+in_transit: weakref.WeakSet[Handle] = weakref.WeakSet()
 
 
 class Closable(Protocol):
@@ -164,17 +168,21 @@ class Link:
 class LinkHandle:
     """A link that a message takes along by copy: ours stays open until the kernel has its own."""
 
-    __slots__ = ("_link", "kind")
+    __slots__ = ("__weakref__", "_link", "kind")
 
     def __init__(self, kind: HandleKind, link: Link) -> None:
         self.kind = kind
-        self._link = link.retain()
+        self._link: Link | None = link.retain()
+        in_transit.add(self)
 
     def fileno(self) -> int:
+        assert self._link is not None
         return self._link.fileno()
 
     def sent(self) -> None:
-        self._link.release()
+        link, self._link = self._link, None
+        if link is not None:
+            link.release()
 
     unsent = sent
 

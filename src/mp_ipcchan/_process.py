@@ -30,6 +30,7 @@ from . import _drainer
 from ._channel import detach
 from ._endpoint import Endpoint, ReceivingEnd, endpoints, withheld
 from ._fd import Fd
+from ._link import in_transit
 from ._message import Handle, MovingHandle
 from ._reach import endpoints_within
 from ._transport._carrier import Carrier
@@ -69,6 +70,8 @@ class ForkPopen(popen_fork.Popen):
                 if id(endpoint) not in kept:
                     withheld.add(endpoint)
                     endpoint.close()
+            for left_behind in list(in_transit):
+                left_behind.sent()
             try:
                 return bootstrap(*args, **options)
             finally:

@@ -99,6 +99,7 @@ def test_one_that_runs_alone_is_let_alone() -> None:
 
 def test_what_is_cancelled_is_never_given() -> None:
     schedule: Schedule[int] = Schedule(dropped=lambda task: task % 2 == 0)
+    schedule.any_dropped = True
     schedule.open(0)
     schedule.estimate = 1e-4
     schedule.pending.extend(range(7))

@@ -307,6 +307,7 @@ class Crew:
             if task in lane.given:
                 self._stop(key, task, _always(TaskTimeoutError("cancelled")))
                 return
+        task.let_go()
 
     def _remove(self, key: int) -> list[tuple[Task, BaseException]]:
         """A worker has died, and been heard out: the tasks that are lost."""

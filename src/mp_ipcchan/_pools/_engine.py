@@ -133,6 +133,7 @@ class Engine(Hearing):
 
     def abandon(self, task: Task) -> None:
         """``task`` was cancelled: if a worker has it, don't let it begin it, or stop it. What waits is never given."""
+        self._schedule.any_dropped = True
         self._abandoned.append(task)
         self._notify()
 

@@ -72,12 +72,14 @@ def _end(task: Task, error: BaseException) -> None:
 def fail(tasks: list[tuple[Task, BaseException]]) -> None:
     """End tasks with an error each."""
     for task, error in tasks:
+        task.let_go()
         _end(task, error)
 
 
 def cancel(tasks: list[Task]) -> None:
     """End tasks that were not begun."""
     for task in tasks:
+        task.let_go()
         try:
             task.future.cancel()
         except BaseException:

@@ -60,6 +60,8 @@ class Schedule(Generic[T]):
         self._weight = weight
         self._dropped = dropped
         self.pending: deque[T] = deque()
+        #: Whether some of those that wait may have to be dropped; else that is not asked.
+        self.any_dropped = False
         self.lanes: dict[int, Lane[T]] = {}
         #: How long a task takes (seconds), as far as known.
         self.estimate: float | None = None
@@ -124,7 +126,12 @@ class Schedule(Generic[T]):
 
     def _next(self, lane: Lane[T], most: int) -> list[T]:
         """The next tasks for a lane, as many as it has room for; they still wait, ahead of all others."""
-        tasks: list[T] = []
+        tasks = [*islice(self.pending, max(0, most))]
+        weight = sum(map(self._weight, tasks))
+        if not self.any_dropped and lane.load + weight <= _MOST_BYTES:
+            lane.load += weight
+            return tasks
+        tasks.clear()
         while len(tasks) < most and len(tasks) < len(self.pending):
             task = self.pending[len(tasks)]
             if self._dropped(task):
@@ -135,6 +142,7 @@ class Schedule(Generic[T]):
                 break
             lane.load += weight
             tasks.append(task)
+        self.any_dropped = self.any_dropped and len(tasks) < len(self.pending)
         return tasks
 
     def answer(self, key: int, count: int) -> list[T | None]:

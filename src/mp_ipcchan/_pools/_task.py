@@ -102,6 +102,11 @@ class Task:
         self.size = len(self.item)
         self.by_value = True
 
+    def let_go(self) -> None:
+        """It is not sent any more: what it would have taken along is its caller's again."""
+        if isinstance(self.item, Message):
+            self.item.unsent()
+
     def succeed(self, result: object) -> None:
         """End well; what was cancelled meanwhile stays so."""
         try:
