@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ._link import Link
@@ -325,6 +326,12 @@ async def send(link: Callable[[], Link], encode: Callable[[], Outgoing]) -> None
         raise
 
 
+def _has_room(outlet: Outlet, waits: Waits) -> bool:
+    """Asked once the waker is in its place: what is announced before could find nobody to wake."""
+    outlet.announce(waits.close)
+    return outlet.has_room()
+
+
 async def _send_in_turn(host: Host, link: Callable[[], Link], item: Outgoing, waits: Waits) -> None:
     while True:
         outlet: Outlet = link().outlet
@@ -334,9 +341,8 @@ async def _send_in_turn(host: Host, link: Callable[[], Link], item: Outgoing, wa
         if pause is not None:
             await host.sleep(pause)
         elif outlet.announces:
-            outlet.announce(waits.close)
             waits.steps = 0
-            await host.called(outlet.has_room, waits)
+            await host.called(partial(_has_room, outlet, waits), waits)
         else:
             await _ready(host, outlet.fileno(), True, waits)
 

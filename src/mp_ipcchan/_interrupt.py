@@ -74,11 +74,14 @@ class _StandIn:
         self._passes = True
         try:
             for number, handler in self._handlers.items():
-                if _signal.getsignal(number) is self:
-                    _signal.signal(number, handler)
+                self._leave_to(number, handler)
         except BaseException:
             self.leave()
             raise
+
+    def _leave_to(self, number: int, handler: Callable[..., Any]) -> None:
+        if _signal.getsignal(number) is self:
+            _signal.signal(number, handler)
 
     def deliver(self) -> None:
         """Call the handlers of what came, each of them, whatever they raise.

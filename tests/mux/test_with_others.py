@@ -15,6 +15,7 @@ from mp_ipcchan import (
     Empty,
     EndpointClosed,
     Fd,
+    Full,
     MessageReceived,
     Mux,
     OpaqueReceiver,
@@ -27,6 +28,7 @@ from mp_ipcchan import (
     Sender,
     SerializationError,
     SharedMemory,
+    _async,
     channel,
 )
 from mp_ipcchan._typed_codec import codec_of
@@ -318,6 +320,55 @@ def test_awaited_room_takes_no_descriptor(ends: tuple[Mux, Mux], loop: Loop) -> 
                 rx.close()
             await loop.settle(lambda: all(task.ended for task in tasks))
             assert not any(task.error for task in tasks)
+
+    loop.run(main)
+
+
+def test_room_that_comes_and_goes_before_it_is_awaited(
+    ends: tuple[Mux, Mux],
+    loop: Loop,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread's send takes it: the coroutine hears of the next."""
+
+    async def main(loop: Loop) -> None:
+        tx, rx = crossing(*ends)
+        host: Any = type(_async._host())
+        called = host.called
+        others: list[int] = []
+
+        def fill() -> None:
+            with pytest.raises(Full):
+                while True:
+                    tx.try_send(bytes(1000))
+                    others.append(0)
+
+        def empty() -> None:
+            with pytest.raises(Empty):
+                while True:
+                    rx.recv(0.05)
+                    others.pop()
+
+        async def late(self: Any, came: Any, waits: Any) -> None:
+            monkeypatch.setattr(host, "called", called)
+            empty()
+            fill()
+            await called(self, came, waits)
+
+        fill()
+        monkeypatch.setattr(host, "called", late)
+        async with loop.tasks() as start:
+            task = start(tx.send_async, b"mine")
+            await loop.settle()
+            assert not task.ended
+            while others:
+                assert len(rx.recv(LIMIT)) == 1000
+                others.pop()
+            await loop.settle(lambda: task.ended)
+            assert task.error is None
+        assert rx.recv(LIMIT) == b"mine"
+        tx.close()
+        rx.close()
 
     loop.run(main)
 

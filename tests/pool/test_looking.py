@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from mp_ipcchan import ProcessPoolExecutor, WorkerLostError, channel
+from mp_ipcchan import ProcessPoolExecutor, SerializationError, WorkerLostError, channel
 from mp_ipcchan._pools import _looking
 from mp_ipcchan._pools._looking import Looking
 
@@ -68,6 +69,41 @@ def test_worker_that_dies_while_somebody_looks(executor: ProcessPoolExecutor, ta
         with pytest.raises(WorkerLostError):
             executor.submit(tasks.die).result(LIMIT)
         assert executor.submit(tasks.square, x).result(LIMIT) == x * x
+
+
+class Unpickled:
+    """Tells in which threads it was."""
+
+    threads: ClassVar[list[str]] = []
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+    def __setstate__(self, state: Any) -> None:
+        self.threads.append(threading.current_thread().name)
+        if state["error"] is not None:
+            raise state["error"]
+
+
+def make_unpickled(error: BaseException | None) -> Unpickled:
+    return Unpickled(error)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_code_of_the_user_s_runs_in_the_thread(
+    executor: ProcessPoolExecutor, taken: list[object], error: BaseException | None
+) -> None:
+    """Once, and whatever it raises is the task's error."""
+    Unpickled.threads.clear()
+    for number in range(1, 21):
+        future = executor.submit(make_unpickled, error)
+        if error is None:
+            assert isinstance(future.result(LIMIT), Unpickled)
+        else:
+            with pytest.raises(SerializationError, match="can't be unpickled"):
+                future.result(LIMIT)
+        assert Unpickled.threads == ["mp_ipcchan-pool"] * number
+    assert not taken
 
 
 def test_large_results_come_another_way(executor: ProcessPoolExecutor, taken: list[object]) -> None:

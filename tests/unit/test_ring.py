@@ -78,6 +78,18 @@ def test_nothing_to_read_once_it_is_closed() -> None:
     assert reader.peek(0) is None
 
 
+def test_closed_between_two_steps_of_a_peek(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread: there is what was there before, or nothing."""
+    writer, reader = _pair()
+    found: deque[bytes] = deque()
+    for number in range(20):
+        assert writer.put(number, bytes(1000))
+        reader.take(number, found)
+    writer.put(20, b"twenty")
+    monkeypatch.setattr(_ring, "fence", reader.close)
+    assert reader.peek(20) is None
+
+
 def test_full_and_too_large() -> None:
     writer, reader = _pair()
     assert not writer.put(0, bytes(_ring.LARGEST + 1))

@@ -42,6 +42,8 @@ def runner(function: R) -> R:
 #: Pickle's codes for "a pair of the last two", and the end.
 _PAIR = b"\x86."
 _STOP = b"."
+#: How pickles of ours name what they call. May be in a string or a number as well.
+_CALLS = (pickle.STACK_GLOBAL, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 #: Of functions that went by their names: module and name, and what a frame begins with.
 _heads: dict[Callable[..., Any], tuple[str, str, bytes]] = {}
 _MOST_HEADS = 256
@@ -163,6 +165,11 @@ def _decode_call(incoming: Incoming) -> Any:
     module, name = head[len(_BY_NAME) : -1].decode().split("\n")
     _functions[head] = module, name, call[0]
     return call
+
+
+def is_plain(frame: bytes) -> bool:
+    """Whether decoding ``frame``, an outcome, calls nothing: it has numbers, strings and the like, and collections."""
+    return not any(map(frame.__contains__, _CALLS))
 
 
 def outcome_of(incoming: Incoming) -> Outgoing:

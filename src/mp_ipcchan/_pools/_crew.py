@@ -81,6 +81,8 @@ class Crew:
         self._torn = False
         #: Tasks that were cancelled, which a worker may have.
         self._abandoned: deque[Task] = deque()
+        #: Of these, those for which the thread has to do what ``cancel`` has left.
+        self._half_cancelled: deque[Task] = deque()
         #: Whether any task ever had a deadline.
         self._timed = False
         self._commons: Commons | None = None
@@ -360,7 +362,10 @@ class Crew:
         """
         at: list[float] = []
         for _ in range(len(self._abandoned)):
-            self._drop(self._abandoned.popleft())
+            task = self._abandoned.popleft()
+            if task.future.cancelled():
+                self._drop(task)
+                self._half_cancelled.append(task)
         if self._timed:
             for key, head in list(self._heads()):
                 if head.timeout is not None and self.workers[key].fault is None:

@@ -2,7 +2,8 @@
 
 To be woken by the pool's thread, which has to be woken first, takes several times as long as such a task. So who waits
 says that the pool is awake, and looks into the ring of the worker that has the task; the worker, for its part, gives
-it some microseconds to come. All else stays the thread's: what failed, what others wait for, what comes too late.
+it some microseconds to come. All else stays the thread's: what failed, what others wait for, what comes too late, and
+what runs code of the user's to be decoded.
 
 A signal's handler may raise at any instant in here. The outcome stays in the ring until everything else is done, so
 the thread finds it there.
@@ -123,12 +124,9 @@ class Looking(Crew):
         # Without the lock: what the thread takes meanwhile isn't there any more.
         number = lane.answered
         frame = worker.peek(number) if self._schedule.sole(task) == key else None
-        if frame is None:
+        if frame is None or not _call.is_plain(frame):
             return
-        try:
-            kind, *rest = _call.decode(frame)
-        except Exception:
-            return
+        kind, *rest = _call.decode(frame)
         if kind != _call.DONE or not future.settle_alone(rest[0]):
             return
         turn = False

@@ -81,25 +81,26 @@ class Reader:
 
     def _front(self) -> tuple[int, int] | None:
         """Where the next record begins (as ``_at``), and its first word; None where there is none."""
-        at = self._at
-        if self._cell[self._head] == at:
+        # The views first: another thread may put others in their place, which have nothing there.
+        cell, words, at = self._cell, self._words, self._at
+        if cell[self._head] == at or words is BLANK:
             return None
         fence()
-        word = self._words[at % SIZE >> 3]
+        word = words[at % SIZE >> 3]
         if word & 0xFFFFFFFF == _WRAP:
             at += SIZE - at % SIZE
-            word = self._words[0]
+            word = words[0]
         return at, word
 
     def peek(self, number: int) -> bytes | None:
         """The next record, if it is this one; it stays. Another thread may ``take`` meanwhile, or ``close``."""
-        before = self._at
+        before, data = self._at, self._bytes
         front = self._front()
         if front is None or front[1] >> 32 != number & 0xFFFFFFFF:
             return None
         at, word = front
         begin = at % SIZE + 8
-        frame = bytes(self._bytes[begin : begin + (word & 0xFFFFFFFF)])
+        frame = bytes(data[begin : begin + (word & 0xFFFFFFFF)])
         # Else the writer may have begun to write there.
         return frame if self._at == before else None
 

@@ -35,6 +35,9 @@ class Ticket:
         task.abandon()
         return True
 
+    def conclude_cancel(self) -> None:
+        """Nothing is left to do."""
+
     def set_result(self, result: object) -> None:
         self._end(True, result)
 
