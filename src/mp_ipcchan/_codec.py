@@ -268,9 +268,18 @@ def _revive(parcel: Parcel, rebuild: Callable[..., object], args: tuple[Any, ...
 def refuse_bare_pickle(obj: object) -> Any:
     """What ``__reduce__`` of everything with descriptors does outside of a message."""
     raise TypeError(
-        f"{type(obj).__name__} objects can't be pickled by themselves, they carry an open descriptor: send them "
-        f"through a channel, queue or pipe, or pass them as arguments when a process is started"
+        f"{type(obj).__name__} objects {_REFUSED}, they carry an open descriptor: send them through a channel, queue "
+        f"or pipe, or pass them as arguments to a process that is started or to a task; a function that uses one from "
+        f"around it can't take it along"
     )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether ``refuse_bare_pickle`` has raised it."""
+    return isinstance(error, TypeError) and _REFUSED in str(error)
+
+
+_REFUSED = "can't be pickled by themselves"
 
 
 _rebuilds: set[Callable[..., object]] = set()

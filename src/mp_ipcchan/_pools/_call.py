@@ -61,13 +61,17 @@ class ByValue:
         #: Made when it is first needed, and kept: the function of a map goes with each of its chunks.
         self._pickle: bytes | None = None
 
-    def __reduce__(self) -> Any:
+    def pickled(self) -> bytes:
+        """The pickle. Raises why there is none."""
         if self._pickle is None:
             # Imported late: most programs never need it.
             import cloudpickle  # type: ignore[import-untyped]
 
             self._pickle = cloudpickle.dumps(self._obj)
-        return pickle.loads, (self._pickle,)
+        return self._pickle
+
+    def __reduce__(self) -> Any:
+        return pickle.loads, (self.pickled(),)
 
 
 def portable(function: Callable[..., Any]) -> Any:
@@ -81,14 +85,23 @@ def encode_call(
     options: Mapping[str, Any],
     variables: _variables.Values | None = None,
 ) -> Outgoing:
-    """The message for a call; what pickle can't take goes by value. Raises what pickle says of it otherwise."""
+    """The message for a call; what pickle can't take goes by value. Raises why that can't be, which tells the cause.
+
+    Pickle itself would only say that a lambda is one.
+    """
+    try:
+        return _encode(function, (args, options, variables))
+    except Exception:
+        pass
+    function, args = _function_by_value(function, args)
     try:
         return _encode(function, (args, options, variables))
     except Exception as error:
         try:
-            return encode_by_value(function, args, options, variables)
-        except Exception:
-            raise error from None
+            return _encode(function, _rest_by_value(function, args, options, variables))
+        except Exception as by_value:
+            # An endpoint among the arguments is where it belongs; something else there is at fault.
+            raise (error if _codec.is_refusal(by_value) else by_value) from None
 
 
 def encode_by_value(
@@ -97,13 +110,42 @@ def encode_by_value(
     options: Mapping[str, Any],
     variables: _variables.Values | None = None,
 ) -> Outgoing:
-    """The message for a call whose function goes by value; if need be, its arguments as well."""
-    if function in runners and not isinstance(args[0], ByValue):
-        return encode_call(function, (ByValue(args[0]), *args[1:]), options, variables)
+    """The message for a call that has gone by names that a worker doesn't know: all of it by value that can go so."""
+    function, args = _function_by_value(function, args)
     try:
-        return _codec.encode((ByValue(function), (args, options, variables)))
+        return _encode(function, _rest_by_value(function, args, options, variables))
     except Exception:
-        return _codec.encode((ByValue(function), ByValue((args, options, variables))))
+        return _encode(function, (args, options, variables))
+
+
+def _function_by_value(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """``function`` and ``args`` with the user's function by value, else by name. Raises why it can't go at all.
+
+    A function of the main program takes the variables along that it uses, so there are such as only go by name.
+    """
+    if function in runners:
+        return function, (_function_by_value(args[0], ())[0], *args[1:])
+    if isinstance(function, ByValue):
+        return function, args
+    by_value: Any = ByValue(function)
+    try:
+        by_value.pickled()
+    except Exception as error:
+        try:
+            pickle.dumps(function)
+        except Exception:
+            raise error from None
+        return function, args
+    return by_value, args
+
+
+def _rest_by_value(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], variables: _variables.Values | None
+) -> Any:
+    """What follows on ``function`` in a call, by value, but for the user's function that a runner is to call."""
+    if function in runners:
+        return (args[0], *map(ByValue, args[1:])), options, variables
+    return ByValue((args, options, variables))
 
 
 def _encode(function: Callable[..., Any], rest: Any) -> Outgoing:

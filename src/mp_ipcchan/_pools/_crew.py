@@ -339,17 +339,18 @@ class Crew:
         """What a dead worker had: those it had not begun wait again; the one that ran fails, or is tried again."""
         failed: list[tuple[Task, BaseException]] = []
         again: list[Task] = []
-        hint = _OUT_OF_MEMORY if exitcode == -signal.SIGKILL and self._out_of_memory.grew() else ""
+        killed = _OUT_OF_MEMORY if exitcode == -signal.SIGKILL and self._out_of_memory.grew() else ""
         for number, task in enumerate(lane.given, lane.answered):
             if task is None or task.future.cancelled():
                 continue
             ran = number < started
+            runs = task.note_loss() if ran else ""
             if task.repeatable and (not ran or (task.retries > 0 and worker.fault is None)):
                 task.retries -= ran
                 again.append(task)
             else:
-                if task.retries > 0 and not task.repeatable:
-                    hint = "; ".join(filter(None, (hint, _NOT_REPEATABLE)))
+                alone = _NOT_REPEATABLE if task.retries > 0 and not task.repeatable else ""
+                hint = "; ".join(filter(None, (killed, runs, alone)))
                 fault = worker.fault or task.refused or WorkerLostError(worker.pid, exitcode, task.name, hint)
                 failed.append((task, fault))
         self._schedule.pending.extendleft(reversed(again))
@@ -373,7 +374,7 @@ class Crew:
                     if time.monotonic() < deadline:
                         at.append(deadline)
                     else:
-                        error = TaskTimeoutError(f"{head.name} took longer than {head.timeout} seconds")
+                        error = TaskTimeoutError(f"{head.described} took longer than {head.timeout} seconds")
                         self._stop(key, head, _always(error))
         if self._setup.max_memory is not None and next(self._heads(), None):
             self._limit_memory(self._setup.max_memory)

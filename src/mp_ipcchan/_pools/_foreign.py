@@ -97,12 +97,10 @@ def to_bytes(obj: object, by_value: bool = False) -> bytes:
         return made
     try:
         return pickle.dumps(obj)
-    except Exception as error:
-        try:
-            made = cloudpickle.dumps(obj)
-        except Exception:
-            raise error from None
-        return made
+    except Exception:
+        pass
+    # What this raises tells more: pickle itself would only say that a lambda is one.
+    return cloudpickle.dumps(obj)  # type: ignore[no-any-return]
 
 
 def outcome_in_bytes(payload: bytes) -> bytes:

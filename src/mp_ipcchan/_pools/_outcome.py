@@ -14,6 +14,9 @@ from ._task import Task
 #: Makes what a task fails with whose result can't be encoded, of the reason and the result's ``repr``.
 Unsendable = Callable[[BaseException, str], BaseException]
 
+#: How much of a result's ``repr`` is worth showing.
+_LONGEST_SHOWN = 200
+
 
 def settle(
     task: Task,
@@ -29,7 +32,7 @@ def settle(
         outcome = _call.decode(incoming)
         kind = outcome[0]
     except BaseException as error:
-        wrapped = SerializationError(f"the result of {task.name} can't be unpickled: {error}")
+        wrapped = SerializationError(f"the result of {task.described} can't be unpickled: {error}")
         wrapped.__cause__ = error
         _end(task, wrapped)
         return True
@@ -47,7 +50,7 @@ def settle(
         _end(task, task.refused or SerializationError(f"sending {task.name} was interrupted; what it carries is back"))
         return True
     if kind == _call.UNDECODED and not task.by_value and task.repeatable:
-        # The worker doesn't know the function by its name: it was defined after the worker was started.
+        # The worker doesn't know the function, or a class, by its name: it was defined after the worker was started.
         try:
             task.encode_by_value()
             return False
@@ -56,10 +59,37 @@ def settle(
             pass
     _, text, pickled, *shown = outcome
     raised = revive(text, pickled, remote_traceback)
-    if shown and unsendable is not None:
-        raised = unsendable(raised, *shown)
+    if kind == _call.UNDECODED and isinstance(raised, (AttributeError, ImportError)):
+        raised = _unknown_there(task, raised)
+    if shown:
+        raised = unsendable(raised, *shown) if unsendable is not None else _noted(task, raised, *shown)
     _end(task, raised)
     return True
+
+
+def _unknown_there(task: Task, raised: BaseException) -> BaseException:
+    """What a task fails with of which a worker doesn't know a name: ``raised``, or why it can't go by value."""
+    reason = task.why_not_by_value()
+    if reason is None:
+        return raised
+    error = SerializationError(
+        f"a worker does not know what the call of {task.name} refers to ({raised}): what is defined after the workers "
+        f"have started goes to them by value, and {task.name} can't: {type(reason).__name__}: {reason}"
+    )
+    error.__cause__ = reason
+    return error
+
+
+def _noted(task: Task, raised: BaseException, shown: str) -> BaseException:
+    """``raised``, why a result can't be pickled, with a note that says so, where Python has notes."""
+    add_note = getattr(raised, "add_note", None)
+    if add_note is not None:
+        try:
+            add_note(f"the result of {task.described} can't be pickled: {shown[:_LONGEST_SHOWN]}")
+        except Exception:
+            # It is the user's exception, whose notes may be anything.
+            pass
+    return raised
 
 
 def _end(task: Task, error: BaseException) -> None:
@@ -95,16 +125,24 @@ def revive(text: str, pickled: bytes | None, remote_traceback: Callable[[Any], B
     """The exception that a task raised, with the traceback of the worker as its cause."""
     error: object
     if pickled is None:
-        error = SerializationError("the task raised an exception that can't be pickled; its traceback is the cause")
+        error = SerializationError(f"the task raised an exception that can't be pickled: {_last_words(text)}")
     else:
         try:
             error = _call.decode(pickled)
         except BaseException as reason:
-            error = SerializationError(f"the task raised an exception that can't be unpickled ({reason})")
+            error = SerializationError(
+                f"the task raised an exception that can't be unpickled ({reason}): {_last_words(text)}"
+            )
         if not isinstance(error, BaseException):
             error = SerializationError(
-                f"the task raised an exception whose pickle makes {type(error).__name__!r} of it"
+                f"the task raised an exception whose pickle makes {type(error).__name__!r} of it: {_last_words(text)}"
             )
     assert isinstance(error, BaseException)
     error.__cause__ = remote_traceback(text)
     return error
+
+
+def _last_words(text: str) -> str:
+    """Type and text of the exception that a traceback tells of: behind the last one's frames, which are indented."""
+    words = text.rpartition("Traceback (most recent call last):\n")[2]
+    return next((line for line in words.splitlines() if line and not line[0].isspace()), "of unknown type")

@@ -64,10 +64,14 @@ class Task:
         "refused",
         "repeatable",
         "retries",
+        "runs",
         "size",
         "timeout",
         "variables",
     )
+
+    #: How often a worker that ran it has died. Not set before the first.
+    runs: int
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class Task:
         self.refused: OSError | None = None
 
     def encode_by_value(self) -> None:
-        """Let the function that the user gave travel by value."""
+        """Let the function that the user gave travel by value, and its arguments, as far as they can."""
         self.item = _call.encode_by_value(self.function, self.args, self.options, self.variables)
         self.size = len(self.item)
         self.by_value = True
@@ -106,6 +110,15 @@ class Task:
         """It is not sent any more: what it would have taken along is its caller's again."""
         if isinstance(self.item, Message):
             self.item.unsent()
+
+    def why_not_by_value(self) -> Exception | None:
+        """Why the user's function can't go by value; None where it can."""
+        function = self._given
+        try:
+            (function if isinstance(function, _call.ByValue) else _call.ByValue(function)).pickled()
+        except Exception as error:
+            return error
+        return None
 
     def succeed(self, result: object) -> None:
         """End well; what was cancelled meanwhile stays so."""
@@ -127,7 +140,23 @@ class Task:
             self.engine.abandon(self)
 
     @property
+    def _given(self) -> Any:
+        """The user's function."""
+        return self.args[0] if self.function in _call.runners else self.function
+
+    @property
     def name(self) -> str:
         """The name of the user's function, for messages."""
-        function = self.args[0] if self.function in _call.runners else self.function
+        function = self._given
         return getattr(function, "__qualname__", None) or repr(function)
+
+    @property
+    def described(self) -> str:
+        """What it is, for messages: the function's name, or that these are several calls of it."""
+        several = self.function in _call.runners and len(self.args[1]) > 1
+        return f"a chunk of calls of {self.name}" if several else self.name
+
+    def note_loss(self) -> str:
+        """A worker has died that ran it: how often that was, for the hint, if more than once."""
+        self.runs = getattr(self, "runs", 0) + 1
+        return f"run {self.runs} times, as its workers died" if self.runs > 1 else ""

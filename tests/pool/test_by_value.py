@@ -1,0 +1,167 @@
+"""What goes to workers by value: functions and arguments that they don't know by name; and why something can't."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mp_ipcchan import ProcessPoolExecutor, SerializationError, channel
+
+from . import _tasks as tasks
+from ._support import FORK, LIMIT
+
+#: What a main program might define.
+LATE = """
+import threading
+
+lock = threading.Lock()
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+    def double(self):
+        return self.x * 2
+
+def is_point(obj):
+    return isinstance(obj, Point) and obj.x
+
+def locked(obj):
+    return lock.locked()
+"""
+
+
+@pytest.fixture
+def started(forked: ProcessPoolExecutor) -> ProcessPoolExecutor:
+    """Its workers have been started."""
+    assert list(forked.map(tasks.square, range(8))) == [x * x for x in range(8)]
+    return forked
+
+
+@pytest.fixture
+def late(started: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What ``__main__`` has defined since the workers were started."""
+    del started
+    module = types.ModuleType("not_a_file")
+    module.__dict__["__name__"] = "__main__"
+    exec(LATE, module.__dict__)
+    for name in ("Point", "is_point", "locked"):
+        monkeypatch.setattr(sys.modules["__main__"], name, getattr(module, name), raising=False)
+    return module
+
+
+@pytest.fixture
+def pool() -> Iterator[Any]:
+    with FORK.Pool(2) as made:
+        yield made
+    made.join()
+
+
+# -- what the workers don't know -------------------------------------------------------------
+
+
+def test_argument_of_a_class_defined_after_the_workers_started(started: ProcessPoolExecutor, late: Any) -> None:
+    assert started.submit(getattr, late.Point(3), "x").result(LIMIT) == 3
+    assert started.submit(late.is_point, late.Point(4)).result(LIMIT) == 4
+    assert started.submit(late.Point(5).double).result(LIMIT) == 10
+    assert list(started.map(late.is_point, [late.Point(x) for x in range(5)])) == list(range(5))
+    assert started.submit(tasks.square, 3).result(LIMIT) == 9
+
+
+def test_pool_and_classes_defined_after_its_workers_started(pool: Any, late: Any) -> None:
+    points = [late.Point(x) for x in range(5)]
+    assert pool.apply(late.is_point, (points[3],)) == 3
+    assert pool.map(late.is_point, points) == list(range(5))
+    assert pool.starmap(late.is_point, [(point,) for point in points]) == list(range(5))
+    assert list(pool.imap(late.is_point, points, 2)) == list(range(5))
+    assert list(pool.imap(late.is_point, points, None)) == list(range(5))
+
+
+def test_late_function_with_an_endpoint(started: ProcessPoolExecutor, late: Any) -> None:
+    """It is sent once: the endpoint goes with it. The error is the worker's."""
+    tx, rx = channel()
+    with tx, rx, pytest.raises(AttributeError, match="is_point"):
+        started.submit(late.is_point, tx).result(LIMIT)
+
+
+@pytest.mark.parametrize("chunksize", [None, 3])
+def test_late_function_that_cannot_go_by_value(started: ProcessPoolExecutor, late: Any, chunksize: int | None) -> None:
+    says = "does not know what the call of locked refers to.*locked can't: TypeError: cannot pickle '_thread.lock'"
+    with pytest.raises(SerializationError, match=says) as caught:
+        list(started.map(late.locked, range(3), chunksize=chunksize))
+    assert isinstance(caught.value.__cause__, TypeError)
+    with pytest.raises(SerializationError, match=says):
+        started.submit(late.locked, late.Point(3)).result(LIMIT)
+
+
+def test_function_that_only_goes_by_name_with_arguments_by_value(
+    started: ProcessPoolExecutor, late: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late.locked, "__module__", tasks.__name__)
+    monkeypatch.setattr(late.locked, "__qualname__", "square")
+    monkeypatch.setattr(tasks, "square", late.locked)
+    # By its name they know another; what matters is that it is found, and the arguments are.
+    with pytest.raises(TypeError, match="unsupported operand"):
+        started.submit(late.locked, lambda: 1).result(LIMIT)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        list(started.map(late.locked, [lambda: 1]))
+
+
+# -- what can't go ---------------------------------------------------------------------------
+
+
+def _ways(executor: ProcessPoolExecutor) -> list[Callable[[Callable[..., Any]], Any]]:
+    return [
+        lambda function: executor.submit(function, 1).result(LIMIT),
+        lambda function: list(executor.map(function, [1, 2])),
+        lambda function: list(executor.map(function, [1, 2], chunksize=2)),
+    ]
+
+
+def test_lambda_that_closes_over_what_cannot_be_pickled(forked: ProcessPoolExecutor) -> None:
+    """The error tells the cause, not that it is a lambda, since those go."""
+    held = threading.Lock()
+    for way in _ways(forked):
+        with pytest.raises(TypeError, match=r"cannot pickle '_thread\.lock' object") as caught:
+            way(lambda _: held.locked())
+        assert "local object" not in "".join(traceback.format_exception(caught.type, caught.value, caught.tb))
+    with pytest.raises(TypeError, match=r"cannot pickle '_thread\.lock' object"):
+        forked.submit(tasks.echo, lambda: held.locked()).result(LIMIT)
+
+
+def test_pool_and_a_lambda_that_closes_over_what_cannot_be_pickled(pool: Any) -> None:
+    held = threading.Lock()
+    for call in (
+        lambda function: pool.apply(function, (1,)),
+        lambda function: pool.map(function, [1, 2]),
+        lambda function: list(pool.imap(function, [1, 2])),
+    ):
+        with pytest.raises(TypeError, match=r"cannot pickle '_thread\.lock' object"):
+            call(lambda _: held.locked())
+
+
+def test_lambda_that_closes_over_an_endpoint(forked: ProcessPoolExecutor) -> None:
+    """The error says where it belongs; passed so, it arrives."""
+    queue = multiprocessing.get_context("ipcchan").Queue()
+    tx, rx = channel()
+    with tx, rx:
+        for way in _ways(forked):
+            with pytest.raises(TypeError, match="Queue objects can't be pickled.*pass them as arguments.*to a task"):
+                way(lambda _: queue.put(1))
+            with pytest.raises(TypeError, match="Sender objects can't be pickled.*pass them as arguments.*to a task"):
+                way(lambda _: tx.send(1))
+        forked.submit(lambda queue: queue.put(1), queue).result(LIMIT)
+        assert queue.get(timeout=LIMIT) == 1
+        # Where it was passed, something else is at fault.
+        with pytest.raises((AttributeError, TypeError), match="lambda"):
+            forked.submit(tasks.echo, (tx, lambda: 1)).result(LIMIT)
+        forked.submit(lambda tx: tx.send(2), tx).result(LIMIT)
+        assert rx.recv(LIMIT) == 2
+    queue.close()
