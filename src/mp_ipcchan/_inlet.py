@@ -52,6 +52,13 @@ _MOST_READ = 2048
 Taken: TypeAlias = Incoming | Spill | ShutMark
 
 
+def _forget_look(error: BaseException) -> None:
+    """Let a traceback of ``error``, Ctrl-C most likely, begin where this waited, not with the look before, in vain."""
+    look = error.__context__
+    if isinstance(look, BlockingIOError):
+        error.__context__ = look.__context__
+
+
 class Inlet:
     __slots__ = (
         "_looks",
@@ -224,7 +231,11 @@ class Inlet:
             return box
         self._looked_in_vain()
         self._rest(None)
-        return [*islice(self.packets.waiting, 1)]
+        try:
+            return [*islice(self.packets.waiting, 1)]
+        except BaseException as error:
+            _forget_look(error)
+            raise
 
     def expect(self, looks: int) -> None:
         """The next packet is about to come: look for it that often before sleeping."""
@@ -344,7 +355,11 @@ class Inlet:
     def _await(self, deadline: float | None) -> bool:
         """Wait until something comes from elsewhere; False at the deadline."""
         others = () if self.front is None else (self.front.fileno(),)
-        return wait_for(self._sock.fileno(), select.POLLIN, deadline, *others)
+        try:
+            return wait_for(self._sock.fileno(), select.POLLIN, deadline, *others)
+        except BaseException as error:
+            _forget_look(error)
+            raise
 
     @property
     def holding(self) -> bool:

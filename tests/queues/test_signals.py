@@ -88,6 +88,45 @@ def test_handler_that_sends() -> None:
         assert [number for name, number in received if name == who] == list(range(many))
 
 
+def _wait_in(name: str) -> None:
+    """Wait for a message that nobody sends."""
+    tx, rx = channel()
+    queue: Queue[int] = Queue()
+    ways: dict[str, Callable[[], object]] = {
+        "recv": rx.recv,
+        "recv in time": lambda: rx.recv(LIMIT),
+        "recv_many": lambda: rx.recv_many(3),
+        "for": lambda: list(rx),
+        "get": queue.get,
+        "get in time": lambda: queue.get(timeout=LIMIT),
+        "get_many": lambda: queue.get_many(3),
+    }
+    with tx, rx, closing(queue):
+        ways[name]()
+
+
+@pytest.mark.parametrize("name", ["recv", "recv in time", "recv_many", "for", "get", "get in time", "get_many"])
+def test_traceback_of_who_is_interrupted_while_waiting(name: str) -> None:
+    """It tells of the interruption alone, not of the look before in vain; and of what the caller was handling."""
+
+    def handle(*_: object) -> None:
+        raise Stop
+
+    with handling(handle):
+        with pytest.raises(Stop) as caught:
+            # Long after the last look, which takes microseconds.
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            _wait_in(name)
+        assert caught.value.__context__ is None
+        with pytest.raises(Stop) as caught:
+            try:
+                raise LookupError
+            except LookupError:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                _wait_in(name)
+        assert type(caught.value.__context__) is LookupError
+
+
 @pytest.mark.parametrize("make", [lambda: Queue(50), Queue, JoinableQueue], ids=["bounded", "plain", "joinable"])
 def test_handler_that_raises_in_put(make: Callable[[], Queue[int]]) -> None:
     """Interrupted at any instant, ``put`` has put the message or has not; the counts say which."""
