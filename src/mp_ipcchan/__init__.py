@@ -1,6 +1,17 @@
 """Channels between processes on the operating system's own primitives, and a multiprocessing context on them.
 
-The data path, which docs/architecture.md explains::
+What there is to import; ``help()`` on each tells more, and README.md and docs/ begin from the beginning::
+
+    channel, bytes_channel                      a Sender and a Receiver, which travel in messages themselves
+    ReceiverSet, Router, router                 many receivers at once: wait for them, or have functions called
+    get_context, install, uninstall             multiprocessing with our Process, Queue, Pipe and Pool
+    ProcessPoolExecutor, get_reusable_executor  concurrent.futures' executor, on workers that may die
+    OneShotServer, Server, connect, peer_of     names for processes that don't know each other
+    SharedMemory, Fd                            memory and open files, sent as handles
+    Mux                                         thousands of channels over one socket
+    errors                                      what can go wrong
+
+For those who change it: the data path, which docs/architecture.md explains::
 
     object -encode-> Message -send-> transport ==kernel== transport -recv-> Parcel -decode-> object
            _codec    _message        _transport/                                     _codec

@@ -120,6 +120,8 @@ class _Encoder:
                 table[cls] = partial(_reduce_foreign, registry, cls)
         for cls, pack in _packs.items():
             table[cls] = partial(self._reduce, pack)
+        for cls in _FILES:
+            table.setdefault(cls, _refuse_file)
         # Its import registers something with the stdlib's table, so this is asked again then.
         numpy = sys.modules.get("numpy")
         if numpy is not None and hasattr(numpy, "ndarray"):
@@ -172,6 +174,15 @@ class _Encoder:
 
 def _reduce_foreign(registry: dict[type, Callable[[Any], Any]], cls: type, obj: object) -> Any:
     return registry[cls](obj)
+
+
+#: What ``open`` makes. Pickle refuses them; this way it says what to do.
+_FILES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
+
+
+def _refuse_file(file: Any) -> Any:
+    name = f"{type(file).__module__}.{type(file).__qualname__}"
+    raise TypeError(f"cannot pickle '{name}' object: to send an open file along, wrap it: Fd(file)")
 
 
 def _writable(array: Any) -> Any:

@@ -26,7 +26,11 @@ class Fd:
 
     def __init__(self, file: HasFileno | int) -> None:
         self._fd = -1
-        self._fd = os.dup(file if isinstance(file, int) else file.fileno())
+        try:
+            number = file if isinstance(file, int) else file.fileno()
+        except AttributeError:
+            raise TypeError(f"an Fd is made of an open file or the number of a descriptor, not of {file!r}") from None
+        self._fd = os.dup(number)
 
     @classmethod
     def _own(cls, fd: int) -> Fd:

@@ -97,3 +97,7 @@ def __getattr__(name: str) -> object:
     if name == "WorkerLostError":
         return getattr(importlib.import_module("._pools._task", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

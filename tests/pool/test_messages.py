@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from mp_ipcchan import ProcessPoolExecutor, SerializationError, TaskTimeoutError, WorkerLostError
 
 from . import _tasks as tasks
-from ._support import FORK, LIMIT
+from ._support import FORK, LIMIT, ROOT
 
 
 def test_time_limit_of_a_chunk(forked: ProcessPoolExecutor) -> None:
@@ -76,3 +79,61 @@ def test_result_that_cannot_be_pickled(forked: ProcessPoolExecutor) -> None:
     with pytest.raises(TypeError) as caught:
         list(forked.map(lambda _: tasks.make_unpicklable(), range(2), chunksize=2))
     assert "the result of a chunk of calls of " in caught.value.__notes__[0]  # type: ignore[attr-defined, unused-ignore]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"retries": "x"}, "retries is how often.*not 'x'"),
+        ({"retries": 1.5}, r"retries is how often.*not 1\.5"),
+        ({"timeout": "x"}, "timeout is a number of seconds, or None, not 'x'"),
+    ],
+)
+def test_options_of_the_wrong_type(forked: ProcessPoolExecutor, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        forked.options(**options)
+    if "timeout" in options:
+        options = {"task_timeout": options["timeout"]}
+    with pytest.raises(TypeError, match=says):
+        FORK.Pool(1, **options)
+
+
+def test_progress_that_is_a_function(forked: ProcessPoolExecutor) -> None:
+    with pytest.raises(TypeError, match="progress=True shows a bar"):
+        forked.map(tasks.square, [1], progress=print)  # type: ignore[arg-type]
+    with FORK.Pool(1) as pool:
+        for call in (pool.map, pool.starmap, pool.imap, pool.imap_unordered):
+            with pytest.raises(TypeError, match="progress=True shows a bar"):
+                call(tasks.square, [1], progress=print)
+    pool.join()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [("fork", "'fork'"), ("ipcchan_spawn", "'ipcchan_spawn'"), ("spam", "'spawn'")]
+)
+def test_context_that_is_a_name(given: str, says: str) -> None:
+    with pytest.raises(TypeError, match=rf"such as multiprocessing\.get_context\({says}\) gives, not '{given}'"):
+        ProcessPoolExecutor(1, mp_context=given)
+
+
+UNGUARDED = """
+import mp_ipcchan
+with mp_ipcchan.get_context("spawn").Pool(1) as pool:
+    pool.map(abs, [1])
+"""
+
+
+def test_program_without_a_guard(tmp_path: Path) -> None:
+    """Under spawn each worker imports it, and begins by starting workers; the error tells what is missing."""
+    program = tmp_path / "unguarded.py"
+    program.write_text(UNGUARDED)
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=4 * LIMIT, cwd=ROOT)
+    assert "ended before they were ready, exit code 1: what they died of" in ended.stderr
+    assert ended.stderr.rstrip().endswith('under if __name__ == "__main__": alone')
+
+
+def test_workers_that_die_in_forks() -> None:
+    """There nothing is imported."""
+    with ProcessPoolExecutor(1, mp_context=FORK, initializer=tasks.leave, initargs=(3,)) as executor:
+        with pytest.raises(BrokenProcessPool, match="exit code 3: what they died of.*is on standard error$"):
+            executor.submit(tasks.square, 2).result(LIMIT)

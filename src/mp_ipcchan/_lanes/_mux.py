@@ -43,7 +43,9 @@ class Mux(Endpoint):
 
     __slots__ = ("_rx", "_side", "_trunk", "_tx")
 
-    def __init__(self, link: Link, side: int) -> None:
+    def __init__(self, link: Link = None, side: int = 0) -> None:  # type: ignore[assignment]
+        if not isinstance(link, Link):
+            raise TypeError("a Mux is not made by hand: Mux.pair() makes both ends")
         super().__init__(link)
         self._side = side
         self._trunk: Trunk | None = None

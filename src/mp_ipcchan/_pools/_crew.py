@@ -50,6 +50,11 @@ _START_AGAIN = 1.0
 #: What starting a process raises where that, or the fork server, is killed meanwhile.
 _KILLED_AT_ONCE = (BrokenPipeError, ConnectionResetError, ConnectionRefusedError, EOFError)
 _NOT_REPEATABLE: Final = "not run again: the endpoints or descriptors among its arguments went with the worker"
+_SEE_STDERR: Final = "what they died of, if Python knows, is on standard error"
+_GUARD: Final = (
+    "; under spawn and forkserver each of them imports the main program, which must start its workers "
+    'under if __name__ == "__main__": alone'
+)
 _OUT_OF_MEMORY: Final = "by the kernel, for want of memory: the control group's count of such kills went up"
 
 
@@ -202,7 +207,10 @@ class Crew:
             self._false_starts += 1
             self._missing += 1
             if self._false_starts >= _MOST_FALSE_STARTS:
-                self._break(f"{_MOST_FALSE_STARTS} workers in a row ended before they were ready, exit code {exitcode}")
+                self._break(
+                    f"{_MOST_FALSE_STARTS} workers in a row ended before they were ready, exit code {exitcode}: "
+                    f"{_SEE_STDERR}{'' if self._context.get_start_method() == 'fork' else _GUARD}"
+                )
 
     def _dispatch(self, refill: bool = True) -> None:
         """Hand out what waits; nothing where that was interrupted, and the thread has yet to mend it."""

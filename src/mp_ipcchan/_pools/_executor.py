@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import operator
 import os
 import threading
 import weakref
@@ -22,7 +21,7 @@ from ._engine import Engine
 from ._future import Future
 from ._map import Mapping
 from ._stats import WorkerStats
-from ._task import Task
+from ._task import Task, check_options
 
 T = TypeVar("T")
 
@@ -84,7 +83,7 @@ class _Submits(Executor):
             # The time is each call's.
             chunksize = 1
         self._engine.check()
-        bar = _progress.new_bar(*iterables) if progress else None
+        bar = _progress.new_bar(*iterables) if _progress.wanted(progress) else None
         deadline = deadline_in(timeout)
         mapping = Mapping(self._submit_chunk, fn, iterables, self._max_workers, chunksize, buffersize)
         try:
@@ -120,10 +119,7 @@ class _Submits(Executor):
         ``retries``: how often a task whose worker died is run again before it fails with ``WorkerLostError``. What
         raises, or runs out of time, is not run again.
         """
-        if operator.index(retries) < 0:
-            raise ValueError(f"retries must not be negative: {retries}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be more than zero seconds: {timeout}")
+        check_options("timeout", timeout, retries)
         return _View(self, timeout, retries)
 
 
@@ -158,7 +154,11 @@ class ProcessPoolExecutor(_Submits):
         if max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if isinstance(mp_context, str):
-            raise TypeError(f"mp_context is a context: use multiprocessing.get_context({mp_context!r})")
+            known = mp_context in multiprocessing.get_all_start_methods() or mp_context.startswith("ipcchan")
+            method = mp_context if known else "spawn"
+            raise TypeError(
+                f"mp_context is a context, such as multiprocessing.get_context({method!r}) gives, not {mp_context!r}"
+            )
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         _check_limit("max_tasks_per_child", max_tasks_per_child)

@@ -22,6 +22,7 @@ from . import _engine_url, _progress
 from ._async_result import CLOSE, INIT, RUN, TERMINATE, AsyncResult, MapResult, Speeds
 from ._imap import IMapIterator, IMapUnorderedIterator, Stream
 from ._stats import WorkerStats
+from ._task import check_options
 from ._workforce import ForeignWorkers, OwnWorkers
 
 S = TypeVar("S")
@@ -67,10 +68,7 @@ class Pool(stdlib.Pool):
             raise ValueError("maxtasksperchild must be a positive int or None")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        if task_timeout is not None and task_timeout <= 0:
-            raise ValueError(f"task_timeout must be more than zero seconds: {task_timeout}")
-        if retries < 0:
-            raise ValueError(f"retries must not be negative: {retries}")
+        check_options("task_timeout", task_timeout, retries)
         if engine is not None:
             _engine_url.check(engine)
         if engine is not None and maxtasksperchild is not None:
@@ -207,7 +205,7 @@ class Pool(stdlib.Pool):
         self, func: Callable[..., T], iterable: Iterable[Any], chunksize: int | None, star: bool, progress: bool
     ) -> list[T]:
         self._running()
-        if not progress:
+        if not _progress.wanted(progress):
             return self._wait_for(self._new_map(func, iterable, star, chunksize), iterable)
         bar = _progress.new_bar(iterable)
         try:
@@ -288,7 +286,7 @@ class Pool(stdlib.Pool):
     ) -> IMapIterator[T]:
         self._running()
         _check_chunksize(chunksize)
-        advance = _progress.advancer(_progress.new_bar(iterable)) if progress else None
+        advance = _progress.advancer(_progress.new_bar(iterable)) if _progress.wanted(progress) else None
         stream = Stream(self, func, iterable, chunksize, kind is IMapIterator)  # type: ignore[arg-type]
         iterator = kind(stream, advance)
         try:

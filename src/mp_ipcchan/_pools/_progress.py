@@ -8,6 +8,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+def wanted(progress: object) -> bool:
+    """Whether there is to be a bar. ``TypeError`` for a function, which nobody would call."""
+    if callable(progress):
+        raise TypeError(f"progress=True shows a bar; it doesn't take a function: {progress!r}")
+    return bool(progress)
+
+
 def new_bar(*iterables: Iterable[Any]) -> Any:
     """A bar of tqdm's, as long as the shortest of ``iterables`` that tells. ``ImportError`` where there is no tqdm."""
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, SupportsIndex
 
 from .._message import Message, Outgoing
 from ..errors import IpcError
@@ -48,6 +49,20 @@ def _signal_name(exitcode: int | None) -> str | None:
         return signal.Signals(-exitcode).name
     except ValueError:
         return f"signal {-exitcode}"
+
+
+def check_options(name: str, timeout: object, retries: object) -> None:
+    """Refuse what can't be a time limit, which the caller knows as ``name``, or a number of retries."""
+    if not isinstance(retries, SupportsIndex):
+        raise TypeError(f"retries is how often a task may be run again, not {retries!r}")
+    if operator.index(retries) < 0:
+        raise ValueError(f"retries must not be negative: {retries}")
+    try:
+        positive = timeout is None or timeout > 0  # type: ignore[operator]
+    except TypeError:
+        raise TypeError(f"{name} is a number of seconds, or None, not {timeout!r}") from None
+    if not positive:
+        raise ValueError(f"{name} must be more than zero seconds: {timeout}")
 
 
 class Task:

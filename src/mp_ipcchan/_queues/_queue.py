@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from multiprocessing import queues as stdlib
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeVar
 
 from .. import _codec
 from .._deadline import deadline_in, remaining
@@ -110,6 +110,8 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
     _joinable = False
 
     def __init__(self, maxsize: int = 0) -> None:
+        if not isinstance(maxsize, SupportsIndex):
+            raise TypeError(f"maxsize is how many messages the queue holds, 0 for any number, not {maxsize!r}")
         self._assemble(Ends.new(), Books.new(maxsize, self._joinable))
 
     @classmethod
@@ -137,7 +139,7 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ValueError(f"Queue {self!r} is closed")
+            raise ValueError(f"this {type(self).__name__} is closed: close() was called on it in this process")
 
     # -- putting -----------------------------------------------------------------------------
 

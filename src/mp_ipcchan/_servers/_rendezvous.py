@@ -153,4 +153,6 @@ def peer_of(endpoint: Endpoint) -> Peer:
 
     Of an end of a channel that was not made so, the process that made it.
     """
+    if not isinstance(endpoint, Endpoint):
+        raise TypeError(f"peer_of takes a Sender or a Receiver, not {endpoint!r}")
     return peer_at(endpoint._open_link().sock)
