@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mp_ipcchan import ProcessPoolExecutor, SerializationError, channel
+from mp_ipcchan import ProcessPoolExecutor, SerializationError, TaskTimeoutError, WorkerLostError, channel
 
 from . import _tasks as tasks
 from ._support import FORK, LIMIT
@@ -165,3 +166,32 @@ def test_lambda_that_closes_over_an_endpoint(forked: ProcessPoolExecutor) -> Non
         forked.submit(lambda tx: tx.send(2), tx).result(LIMIT)
         assert rx.recv(LIMIT) == 2
     queue.close()
+
+
+# -- callables of the user's -----------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Unhashable:
+    """Compared by what is in it, so it has no hash."""
+
+    action: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.action(*args)
+
+
+def test_callable_without_a_hash(forked: ProcessPoolExecutor, pool: Any) -> None:
+    assert forked.submit(Unhashable(lambda x: x + 1), 2).result(LIMIT) == 3
+    assert list(forked.map(Unhashable(lambda x: x + 1), range(3))) == [1, 2, 3]
+    assert pool.apply(Unhashable(lambda x: x + 1), (2,)) == 3
+    # Whose name is told where its worker dies.
+    for made in (
+        forked.submit(Unhashable(tasks.leave), 3),
+        forked.options(timeout=60).submit(Unhashable(tasks.leave), 3),
+    ):
+        with pytest.raises(WorkerLostError, match="Unhashable"):
+            made.result(LIMIT)
+    with pytest.raises(TaskTimeoutError, match="Unhashable"):
+        forked.options(timeout=0.1).submit(Unhashable(tasks.sleep), 60).result(LIMIT)
+    assert forked.submit(tasks.square, 3).result(LIMIT) == 9

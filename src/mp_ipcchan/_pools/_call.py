@@ -39,6 +39,11 @@ def runner(function: R) -> R:
     return function
 
 
+def is_runner(function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is one of ``runners``. Callables of the user's may have no hash."""
+    return function.__class__ is FunctionType and function in runners
+
+
 #: Pickle's codes for "a pair of the last two", and the end.
 _PAIR = b"\x86."
 _STOP = b"."
@@ -123,7 +128,7 @@ def _function_by_value(function: Callable[..., Any], args: Sequence[Any]) -> tup
 
     A function of the main program takes the variables along that it uses, so there are such as only go by name.
     """
-    if function in runners:
+    if is_runner(function):
         return function, (_function_by_value(args[0], ())[0], *args[1:])
     if isinstance(function, ByValue):
         return function, args
@@ -143,7 +148,7 @@ def _rest_by_value(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], variables: _variables.Values | None
 ) -> Any:
     """What follows on ``function`` in a call, by value, but for the user's function that a runner is to call."""
-    if function in runners:
+    if is_runner(function):
         return (args[0], *map(ByValue, args[1:])), options, variables
     return ByValue((args, options, variables))
 

@@ -54,7 +54,7 @@ def settle(
         try:
             task.encode_by_value()
             return False
-        except Exception:
+        except BaseException:
             # The worker's error says more.
             pass
     _, text, pickled, *shown = outcome

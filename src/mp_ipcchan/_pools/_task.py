@@ -126,12 +126,12 @@ class Task:
         if isinstance(self.item, Message):
             self.item.unsent()
 
-    def why_not_by_value(self) -> Exception | None:
+    def why_not_by_value(self) -> BaseException | None:
         """Why the user's function can't go by value; None where it can."""
         function = self._given
         try:
             (function if isinstance(function, _call.ByValue) else _call.ByValue(function)).pickled()
-        except Exception as error:
+        except BaseException as error:
             return error
         return None
 
@@ -157,7 +157,7 @@ class Task:
     @property
     def _given(self) -> Any:
         """The user's function."""
-        return self.args[0] if self.function in _call.runners else self.function
+        return self.args[0] if _call.is_runner(self.function) else self.function
 
     @property
     def name(self) -> str:
@@ -168,7 +168,7 @@ class Task:
     @property
     def described(self) -> str:
         """What it is, for messages: the function's name, or that these are several calls of it."""
-        several = self.function in _call.runners and len(self.args[1]) > 1
+        several = _call.is_runner(self.function) and len(self.args[1]) > 1
         return f"a chunk of calls of {self.name}" if several else self.name
 
     def note_loss(self) -> str:

@@ -200,7 +200,7 @@ class ForeignWorkers:
         future.add_done_callback(lambda done: self._hear(done, settle))
 
     def _bind(self, function: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
-        if function in _call.runners:
+        if _call.is_runner(function):
             return function, (self._bind(args[0], ())[0], *args[1:])
         assert self._binds is not None
         bound = self._bound.get(function)
