@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from mp_ipcchan import ProcessPoolExecutor
-from mp_ipcchan._pools import _engine, _feed
+from mp_ipcchan._pools import _call, _engine, _feed
 from mp_ipcchan._pools._commons import Commons
 
 from ..conformance._support import InThread
@@ -147,6 +147,36 @@ def _pool(start_method: str) -> Iterator[Any]:
 def test_pool(start_method: str) -> None:
     with _pool(start_method) as pool:
         _storm(pool, POOL_CALLS)
+
+
+@pytest.mark.parametrize("call", ["submit", "apply_async"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_handler_s_error_is_the_caller_s(monkeypatch: pytest.MonkeyPatch, call: str, step: int) -> None:
+    """An ordinary exception while the call is pickled, by name or by value, is no reason to pickle it another way."""
+    steps = iter(range(1, 4))
+    encode = _call._encode
+
+    def strike(*_: object) -> None:
+        raise TimeoutError("the alarm")
+
+    def struck(*args: Any) -> Any:
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGALRM)
+        return encode(*args)
+
+    lock = threading.Lock()
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        with _executor("fork") as executor, _pool("fork") as pool:
+            with monkeypatch.context() as patch, pytest.raises(TimeoutError, match="the alarm"):
+                patch.setattr(_call, "_encode", struck)
+                # It can't go at all, so all is tried.
+                if call == "submit":
+                    executor.submit(tasks.square, lock)
+                else:
+                    pool.apply_async(tasks.square, (lock,))
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])

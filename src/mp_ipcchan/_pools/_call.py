@@ -14,6 +14,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, TypeVar
 
 from .. import _codec
+from .._interrupt import raised_by_handler
 from .._message import PACKET_SIZE, PLAIN, PLAIN_SIZE, Incoming, Outgoing, Parcel
 from . import _variables
 
@@ -96,15 +97,20 @@ def encode_call(
     """
     try:
         return _encode(function, (args, options, variables))
-    except Exception:
-        pass
+    except Exception as error:
+        if raised_by_handler(error):
+            raise
     function, args = _function_by_value(function, args)
     try:
         return _encode(function, (args, options, variables))
     except Exception as error:
+        if raised_by_handler(error):
+            raise
         try:
             return _encode(function, _rest_by_value(function, args, options, variables))
         except Exception as by_value:
+            if raised_by_handler(by_value):
+                raise
             # An endpoint among the arguments is where it belongs; something else there is at fault.
             raise (error if _codec.is_refusal(by_value) else by_value) from None
 
@@ -119,7 +125,9 @@ def encode_by_value(
     function, args = _function_by_value(function, args)
     try:
         return _encode(function, _rest_by_value(function, args, options, variables))
-    except Exception:
+    except Exception as error:
+        if raised_by_handler(error):
+            raise
         return _encode(function, (args, options, variables))
 
 
@@ -136,10 +144,12 @@ def _function_by_value(function: Callable[..., Any], args: Sequence[Any]) -> tup
     try:
         by_value.pickled()
     except Exception as error:
+        if raised_by_handler(error):
+            raise
         try:
             pickle.dumps(function)
-        except Exception:
-            raise error from None
+        except Exception as by_name:
+            raise (by_name if raised_by_handler(by_name) else error) from None
         return function, args
     return by_value, args
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from .._context import of_ours
 from .._deadline import deadline_in
+from .._interrupt import raised_by_handler
 from . import _progress
 from ._chunk import run_chunk
 from ._engine import Engine
@@ -47,6 +48,8 @@ class _Submits(Executor):
         try:
             task = Task(fn, args, kwargs, self._timeout, self._retries, future)
         except Exception as error:
+            if raised_by_handler(error):
+                raise
             self._engine.check()
             future.set_exception(error)
             return future
