@@ -252,9 +252,7 @@ class Future(StdlibFuture[T], Generic[T]):
         with _lock:
             if self._state in _ENDED or self._own is not None or self._sleepers:
                 return False
-            self._result = result
-            self._state = _futures.FINISHED
-            self._task = None
+            self._finish(result, None)
         return True
 
     def _invoke_callbacks(self) -> None:

@@ -52,8 +52,6 @@ class Hearing(Looking):
         while True:
             if self._cancelling:
                 self._cancel_waiting()
-            while self._half_cancelled:
-                self._half_cancelled.popleft().future.conclude_cancel()
             if self._broken:
                 self._fail_all()
             with self._lock:
@@ -62,8 +60,8 @@ class Hearing(Looking):
                     self._mend()
                 patience = self._look_after()
                 finished = self._finished()
-            if self._half_cancelled:
-                continue
+            while self._half_cancelled:
+                self._half_cancelled.popleft().future.conclude_cancel()
             if finished:
                 if self._broken:
                     self._fail_all()
