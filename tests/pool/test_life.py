@@ -291,13 +291,15 @@ def test_task_that_comes_when_the_workers_have_been_told_to_end() -> None:
         assert len(members) == 2
         for member in members:
             os.kill(member.pid, signal.SIGSTOP)
-        executor.shutdown(wait=False)
-        assert eventually(lambda: all(member.tasks.closed for member in members))
-        late = Task(tasks.square, (3,), {})
-        engine._schedule.pending.append(late)
-        os.kill(members[0].pid, signal.SIGKILL)
-        assert late.future.result(LIMIT) == 9
-        os.kill(members[1].pid, signal.SIGKILL)
+        try:
+            executor.shutdown(wait=False)
+            assert eventually(lambda: all(member.tasks.closed for member in members))
+            late = Task(tasks.square, (3,), {})
+            engine._schedule.pending.append(late)
+            members[0].kill()
+            assert late.future.result(LIMIT) == 9
+        finally:
+            members[1].kill()
 
 
 def test_task_that_comes_when_a_worker_was_told_to_end_as_it_started() -> None:

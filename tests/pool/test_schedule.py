@@ -91,6 +91,18 @@ def test_what_waits_behind_another_is_given_to_an_idle_lane() -> None:
     assert schedule.waiting_elsewhere() is None or schedule.waiting_elsewhere() is schedule.lanes[1]
 
 
+def test_idle_while_only_answers_for_what_was_taken_back_are_due() -> None:
+    """A pool at its end doesn't wait for them: the workers are told to end behind those."""
+    schedule = _schedule(lanes=1, tasks=2, estimate=1e-4)
+    schedule.assign()
+    schedule.answer(0, 1)
+    assert not schedule.idle
+    assert schedule.take_back(0, 1) == [1]
+    assert not schedule.idle
+    schedule.pending.clear()
+    assert schedule.idle
+
+
 def test_one_that_runs_alone_is_let_alone() -> None:
     schedule = _schedule(lanes=2, tasks=1)
     schedule.assign()

@@ -215,7 +215,7 @@ class Schedule(Generic[T]):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits, and nothing is unanswered."""
+        """Whether nothing waits, and nothing is unanswered but what was taken back."""
         while self.pending and self._dropped(self.pending[0]):
             self.pending.popleft()
-        return not self.pending and not any(lane.given for lane in self.lanes.values())
+        return not self.pending and all(task is None for lane in self.lanes.values() for task in lane.given)
