@@ -158,9 +158,17 @@ def test_F13_pickles_are_never_read(ends: tuple[Sender[Any], Receiver[Any]]) -> 
         inject(tx, head(FrameKind.ENVELOPE, 0, b"", (len(bomb),), 0) + bomb, [])
         check_refused(tx, rx)
         last = record(len(bomb), (), b"") + bomb
-        table = struct.pack("<2Q", 0, 2 * len(last))
+        table = struct.pack("<2Q", 1, 4 * len(last))
         spill = head(FrameKind.SPILL, SEGMENT_FLAG, b"", (len(last), 1), len(last) + len(table))
         inject_and_close(tx, spill, [segment_of(last + table)])
+        check_refused(tx, rx)
+        last = PLAIN + bomb
+        table = struct.pack("<2Q", 0, 4 * len(last))
+        spill = head(FrameKind.SPILL, SEGMENT_FLAG, b"", (len(last), 1), len(last) + len(table))
+        inject_and_close(tx, spill, [segment_of(last + table)])
+        check_refused(tx, rx)
+        # Said to be a plain frame, and none.
+        inject_and_close(tx, spill, [segment_of(b"?" + last[1:] + table)])
         check_refused(tx, rx)
 
 
@@ -340,7 +348,7 @@ def test_F13_forged_carriers(ends: tuple[Sender[Any], Receiver[Any]], what: str)
     tx, rx = ends
     packet = head(FrameKind.ENVELOPE, CARRIER_FLAG, bytes([SENDER, SENDER]), (), 1) + b"\x80"
     last = record(1, (), bytes([SENDER, SENDER])) + b"\x80"
-    table = struct.pack("<2Q", 1, 2 * len(last))
+    table = struct.pack("<2Q", 3, 4 * len(last))
     spill = head(FrameKind.SPILL, SEGMENT_FLAG, bytes([FILE]), (len(last), 1), len(last) + len(table))
     for carrier in CARRIERS[what]():
         before = open_descriptors()
@@ -431,13 +439,13 @@ def test_F13_huge_and_empty_segments() -> None:
         # As what an ended process left behind: a message of a terabyte; and many that are large together.
         spill = head(FrameKind.SPILL, SEGMENT_FLAG, b"", (size, 1), size + 16)
         fd = create_blank(size + 16)
-        os.pwrite(fd, struct.pack("<2Q", 0, 2 * size), size)
+        os.pwrite(fd, struct.pack("<2Q", 1, 4 * size), size)
         inject_and_close(tx, spill, [fd])
         check_refused(tx, rx)
         count = 200
         fd = create_blank(size + 8 * (count + 1))
         each = MIB
-        table = struct.pack(f"<{count + 1}Q", *(2 * each * number for number in range(count + 1)))
+        table = struct.pack(f"<{count + 1}Q", *(4 * each * number + 1 for number in range(count + 1)))
         os.pwrite(fd, table, size)
         inject_and_close(tx, head(FrameKind.SPILL, SEGMENT_FLAG, b"", (size, count), size + len(table)), [fd])
         check_refused_or_read(tx, rx)

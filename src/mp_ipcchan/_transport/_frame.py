@@ -13,7 +13,7 @@ payload lies in a segment, the body and the buffers, back to back.
     kind      handles          lengths                   payload
     ENVELOPE  the message's    sizes of its buffers      body, buffers
     PACK      none             sizes of the frames       plain frames, back to back
-    SPILL     its carriers     table's place, messages   in a segment always: records, table
+    SPILL     its carriers     table's place, messages   in a segment always: messages, table
     SHUT      none             none                      none: the queue was shut down
 
 In a segment the buffers are aligned (``_segment.layout``). Descriptors lie in the packet in this
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import NamedTuple
 
-from .._message import INLINE_SIZE, KNOWN_KINDS, MAX_BUFFERS, MAX_HANDLES, PLAIN
+from .._message import KNOWN_KINDS, MAX_BUFFERS, MAX_HANDLES, PLAIN
 from ..errors import ProtocolError
 
 MAGIC = b"ipc1"
@@ -201,20 +201,3 @@ def parse_record(head: bytes) -> Record:
     if handles > MAX_HANDLES or buffers > MAX_BUFFERS:
         raise ProtocolError(f"a message lists {handles} descriptors and {buffers} buffers")
     return Record(body_size, handles, buffers)
-
-
-def plain_records(chunk: bytes, most: int) -> tuple[list[bytes], int]:
-    """The messages at the start of a stretch of records, as plain frames, and where the next begins.
-
-    Ends before a message with descriptors, buffers, or more than fits a packet, or that is cut off.
-    """
-    frames: list[bytes] = []
-    end = 0
-    while len(frames) < most and end + RECORD_SIZE <= len(chunk):
-        body_size, handles, buffers = _RECORD.unpack_from(chunk, end)
-        start = end + RECORD_SIZE
-        if handles or buffers or body_size > INLINE_SIZE or start + body_size > len(chunk):
-            break
-        end = start + body_size
-        frames.append(PLAIN + chunk[start:end])
-    return frames, end

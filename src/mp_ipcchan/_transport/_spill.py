@@ -26,7 +26,8 @@ from .._message import (
     CHANNEL_BUFFER,
     MAX_BUFFERS,
     MAX_HANDLES,
-    PLAIN_SIZE,
+    PACKET_SIZE,
+    PLAIN,
     Descriptors,
     HandleKind,
     Incoming,
@@ -38,7 +39,7 @@ from .._message import (
 from .._segments import _segment
 from ..errors import ProtocolError
 from ._carrier import MAX_IN_PACKET, Carrier, check_room, descriptors_in, load, send_rights, too_many, unload
-from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, plain_records, record, slices
+from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
 #: net.core.wmem_max allows, by default 212992. Two steps: a process killed at the first leaves room for others to use
@@ -46,13 +47,17 @@ from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, pl
 _RAISED = (188416, 1 << 22, 1 << 22, 1 << 22)
 #: How much is read ahead (bytes): of the messages, and of the table that tells where they are.
 _AHEAD = 8192
+#: Of how many messages it is noted where they begin.
+_MOST_KNOWN = 512
 #: How much is claimed at a time (bytes, roughly) where many messages are asked for.
 _STRETCH = 1 << 17
 #: The most that there is beside a message's bytes (bytes).
 _OVERHEAD = RECORD_SIZE + MAX_HANDLES + 8 * MAX_BUFFERS
 
-#: In the table: where the message begins, times two; one more where it has descriptors.
+#: In the table: where the message begins, shifted by two bits. They tell whether it is a record, else it is a plain
+#: frame, and whether it has descriptors.
 _ENTRY = struct.Struct("<Q")
+_SHIFT, _IS_RECORD, _HAS_RIGHTS = 2, 1, 2
 #: Beside a message's descriptors in a carrier: which message.
 _NUMBER = struct.Struct("<Q")
 _UNLOAD = (
@@ -75,6 +80,7 @@ class Spill:
         "_carriers",
         "_count",
         "_fd",
+        "_known",
         "_records",
         "_returned",
         "_size",
@@ -90,6 +96,8 @@ class Spill:
         self._count = count
         self._records = _Window(fd, table)
         self._table = _Window(fd, size)
+        #: Where a stretch of the messages begins and ends, as ``_entries`` has found it, and the number of the first.
+        self._known: tuple[int, list[int]] = (0, [])
         #: Claimed in this process, from the first to before the last, and not read after all.
         self._returned: deque[tuple[int, int]] = deque()
         #: Packets of carriers that were received and not used after all.
@@ -118,23 +126,67 @@ class Spill:
         loads: list[tuple[int, list[int]]] = []
         at = 0
         for number, item in enumerate(items):
-            message = item if isinstance(item, Message) else Message([memoryview(item)[PLAIN_SIZE:]])
-            body = b"".join(message.body)
-            kinds = bytes(handle.kind for handle in message.handles)
-            begins = record(len(body), [*map(len, message.buffers)], kinds)
+            if not isinstance(item, Message):
+                pieces.append(item)
+                table.append(at << _SHIFT)
+                at += len(item)
+                continue
+            body = b"".join(item.body)
+            kinds = bytes(handle.kind for handle in item.handles)
+            begins = record(len(body), [*map(len, item.buffers)], kinds)
             pieces += (begins, body)
-            pieces += message.buffers
-            table.append(2 * at + bool(kinds))
+            pieces += item.buffers
+            table.append(at << _SHIFT | _IS_RECORD | (_HAS_RIGHTS if kinds else 0))
             if kinds:
-                loads.append((number, [handle.fileno() for handle in message.handles]))
-            at += len(begins) + len(message)
-        table.append(2 * at)
+                loads.append((number, [handle.fileno() for handle in item.handles]))
+            at += len(begins) + len(item)
+        table.append(at << _SHIFT)
         pieces.append(struct.pack(f"<{len(table)}Q", *table))
         owned = Descriptors([])
         fd = _segment.create_with_position(pieces, owned.fds)
         carriers = _load_all(loads)
         owned.fds.remove(fd)
         return cls(fd, os.fstat(fd).st_size, at, len(items), carriers)
+
+    def read_next(self, into: deque[Incoming]) -> None:
+        """As ``read(1, into)``, for who takes many, one by one: cheaper than that where they are plain."""
+        ends: list[int] = []
+        before = len(into)
+        if self._fd >= 0 and not self._returned:
+            try:
+                ends.extend(map(os.lseek, (self._fd,), (1,), (os.SEEK_CUR,)))
+                first, entries = self._known
+                position = ends[0] - 1 - first
+                if 0 <= position < len(entries) - 1 and not entries[position] & _IS_RECORD:
+                    if ends[0] == self._count:
+                        self.drained = True
+                    into.append(self._read_plain(entries[position] >> _SHIFT, entries[position + 1] >> _SHIFT))
+                    return
+            except ProtocolError:
+                self.close()
+                raise
+            finally:
+                # A record, or not known where; or a signal's handler has raised.
+                if ends and len(into) == before:
+                    self._returned.appendleft((ends[0] - 1, min(ends[0], self._count)))
+        self.read(1, into)
+        if ends and ends[0] < self._count:
+            self._look_ahead(ends[0])
+
+    def _look_ahead(self, number: int) -> None:
+        """Note where messages begin, from ``number`` on."""
+        try:
+            self._known = number, self._entries(number, min(self._count, number + _MOST_KNOWN))
+        except ProtocolError:
+            # Whoever reads the next says so.
+            pass
+
+    def _read_plain(self, start: int, end: int) -> bytes:
+        """The plain frame that begins and ends there."""
+        frame = self._records.read(start, end) if end - start <= PACKET_SIZE else b""
+        if not frame.startswith(PLAIN):
+            raise ProtocolError("the last packet of a process holds something else than messages")
+        return frame
 
     def read(self, most: int, into: deque[Incoming], largest: int = sys.maxsize) -> None:
         """Claim messages and append them to ``into``, at most ``most``; none once all are claimed.
@@ -183,21 +235,20 @@ class Spill:
     def _read(self, first: int, last: int, into: deque[Incoming], largest: int) -> None:
         """Append messages from ``first`` to before ``last``, in order, by C calls: plain ones, or one other."""
         entries = self._entries(first, last)
-        if max(end - start for start, end in pairwise(entries)) >> 1 > largest + _OVERHEAD:
+        if max(end - start for start, end in pairwise(entries)) >> _SHIFT > largest + _OVERHEAD:
             raise ProtocolError(f"the last packet of a process has a message of more than {largest} bytes")
-        if entries[0] & 1:
+        if entries[0] & _HAS_RIGHTS:
             self._read_with_descriptors(first, into)
             return
-        plain = next((at for at, entry in enumerate(entries) if entry & 1), last - first)
-        # Of a stranger, a stretch may be longer than it is on average.
-        while plain > 1 and (entries[plain] - entries[0]) >> 1 > max(largest, _STRETCH):
-            plain //= 2
-        frames, _ = plain_records(self._records.read(entries[0] >> 1, entries[plain] >> 1), plain)
-        if frames:
-            into.extend(frames)
-        else:
+        if entries[0] & _IS_RECORD:
             body, copies, kinds = self._parse(*entries[:2])
             into.extend(map(Parcel, (body,), (copies,), (kinds,), ([],)))
+            return
+        plain = next((at for at, entry in enumerate(entries) if entry & _IS_RECORD), last - first)
+        # Of a stranger, a stretch may be longer than it is on average.
+        while plain > 1 and (entries[plain] - entries[0]) >> _SHIFT > max(largest, _STRETCH):
+            plain //= 2
+        into.extend([self._read_plain(start >> _SHIFT, end >> _SHIFT) for start, end in pairwise(entries[: plain + 1])])
 
     def _read_with_descriptors(self, number: int, into: deque[Incoming]) -> None:
         """Append a message with descriptors, if not ``number`` then another whose reader gets that one."""
@@ -223,13 +274,13 @@ class Spill:
             raise ProtocolError("the last packet of a process names a message that it doesn't have")
         data = self._table.read(self._table_at + _ENTRY.size * first, self._table_at + _ENTRY.size * (last + 1))
         entries = [entry for (entry,) in _ENTRY.iter_unpack(data)]
-        if sorted(entries) != entries or entries[-1] >> 1 > self._table_at:
+        if sorted(entries) != entries or entries[-1] >> _SHIFT > self._table_at:
             raise ProtocolError("the last packet of a process says wrongly where its messages begin")
         return entries
 
     def _parse_head(self, entry: int, following: int) -> tuple[tuple[int, ...], bytes, int]:
         """Of the message that begins and ends there: sizes of body and buffers, handles' kinds, where the body is."""
-        begin, end = entry >> 1, following >> 1
+        begin, end = entry >> _SHIFT, following >> _SHIFT
         if begin + RECORD_SIZE <= end:
             found = parse_record(self._records.read(begin, begin + RECORD_SIZE))
             start = begin + RECORD_SIZE + found.table_size
@@ -242,7 +293,7 @@ class Spill:
     def _parse(self, entry: int, following: int) -> tuple[memoryview, list[bytearray], bytes]:
         """A message that begins and ends there: body, buffers, kinds of its handles."""
         sizes, kinds, start = self._parse_head(entry, following)
-        data = memoryview(self._records.read(start, following >> 1))
+        data = memoryview(self._records.read(start, following >> _SHIFT))
         body, *buffers = (data[where] for where in slices(0, sizes))
         return body, [bytearray(buffer) for buffer in buffers], kinds
 
