@@ -42,3 +42,27 @@ def wait_for(fd: int, events: int, deadline: float | None, *others: int) -> bool
             return True
         if left is not None and left * 1000 <= _LONGEST:
             return False
+
+
+def wait_for_either(fd: int, other: int, deadline: float | None) -> bool:
+    """Wait until one of two is readable; False at the deadline.
+
+    Of several processes that wait for ``fd``, what comes there wakes one.
+    """
+    left = remaining(deadline)
+    try:
+        poller = select.epoll() if left != 0 else None
+    except OSError:
+        # No descriptor is free: then all are woken.
+        poller = None
+    if poller is None:
+        return wait_for(fd, select.POLLIN, deadline, other)
+    with poller:
+        poller.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        poller.register(other, select.EPOLLIN)
+        while True:
+            left = remaining(deadline)
+            if poller.poll(None if left is None else min(left, _LONGEST / 1000)):
+                return True
+            if left is not None and left * 1000 <= _LONGEST:
+                return False

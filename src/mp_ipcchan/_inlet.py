@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice, repeat, starmap, takewhile
 from typing import Any, ClassVar, TypeAlias
 
-from ._deadline import wait_for
+from ._deadline import wait_for, wait_for_either
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel, TooLargeError
 from ._packets import Packets
@@ -216,6 +216,24 @@ class Inlet:
         except BlockingIOError:
             pass
 
+    def take_plain(self, into: list[Incoming], most: int) -> None:
+        """Take plain messages from the socket until ``into`` has ``most``, none is there, or something else comes."""
+        packet: Packet | None = None
+        try:
+            for packet in islice(self.packets.now, most - len(into)):
+                data, ancillary, flags, _ = packet
+                if ancillary or flags & CUT or not data.startswith(PLAIN):
+                    break
+                # Without a call, as below: a signal's handler finds it there, or in ``packet``.
+                into += (data,)
+                packet = None
+        except (BlockingIOError, ConnectionResetError) as error:
+            if raised_by_handler(error):
+                raise
+        finally:
+            if packet is not None:
+                self.inbox += (packet,)
+
     def await_packet(self) -> list[Packet]:
         """Receive a packet, and wait for it.
 
@@ -354,9 +372,10 @@ class Inlet:
 
     def _await(self, deadline: float | None) -> bool:
         """Wait until something comes from elsewhere; False at the deadline."""
-        others = () if self.front is None else (self.front.fileno(),)
         try:
-            return wait_for(self._sock.fileno(), select.POLLIN, deadline, *others)
+            if self.front is None:
+                return wait_for(self._sock.fileno(), select.POLLIN, deadline)
+            return wait_for_either(self._sock.fileno(), self.front.fileno(), deadline)
         except BaseException as error:
             _forget_look(error)
             raise

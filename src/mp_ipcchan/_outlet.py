@@ -18,15 +18,16 @@ from ._message import INLINE_SIZE, LARGE_BUFFER, Outgoing
 from ._transport._frame import pack
 from ._transport.unix import MSG_NOSIGNAL
 
-#: From which size (bytes) on a message is worth a wait for room: how often to try at once, about two microseconds
-#: each, and for how long (seconds) to wait in the kernel then.
-LARGE, _TRIES, _PATIENCE = 16384, 8, 0.001
-#: After it did so in vain, for how many messages it doesn't: nobody may be reading. Each time, for twice as many.
-_IMPATIENT, _MOST_IMPATIENT = 8, 1024
+#: From which size (bytes) on a message is tried at once, and how often; about two microseconds each.
+LARGE, _TRIES = 16384, 8
+#: For how long (seconds) a sender waits for room: at first, and where there was some in that time.
+_SHORT_PATIENCE, _LONG_PATIENCE = 0.001, 0.01
+#: After it did so in vain, how many times it doesn't: nobody may be reading. Each time, for twice as many.
+_IMPATIENT, _MOST_IMPATIENT = 1, 1024
 
 
 class Outlet(Backlog):
-    __slots__ = ("_impatience", "_impatient")
+    __slots__ = ("_impatience", "_impatient", "_patience")
 
     #: Whether ``announce`` takes the place of a descriptor that tells of room.
     announces: ClassVar[bool] = False
@@ -42,9 +43,11 @@ class Outlet(Backlog):
     def _begin(self, emptied: Callable[[], None]) -> None:
         super()._begin(emptied)
         self._be_patient()
+        #: For how long (seconds) ``insist`` waits.
+        self._patience = _SHORT_PATIENCE
 
     def _be_patient(self) -> None:
-        #: For how many messages ``insist`` gives in at once, and for how many it is to do so next.
+        #: How many times ``insist`` gives in at once, and how many times it is to do so next.
         self._impatient, self._impatience = 0, _IMPATIENT
 
     def _finish(self) -> None:
@@ -98,34 +101,38 @@ class Outlet(Backlog):
         return True
 
     def insist(self, item: Outgoing, noted: list[object] | None = None) -> bool:
-        """Try again for a moment, where ``try_send`` failed and ``item`` is large: first what waits, then ``item``.
+        """Wait for room for a moment, where ``try_send`` failed: first what waits goes out, then ``item``.
 
-        To let it wait costs more: a thread is woken, and sender and reader take turns a packet at a time. A reader at
-        work makes room soon; where that was in vain, nobody may be reading. Returns and raises what ``try_send`` does.
+        To let it wait costs more: a thread is woken, sender and reader take turns a packet at a time, and a sender that
+        runs ahead takes the processor from the reader. A reader at work makes room soon; where that was in vain, nobody
+        may be reading. What is small and can be packed is better packed, and else tried once for each ``_STEP`` bytes
+        behind what waits. Returns and raises what ``try_send`` does.
         """
+        size = len(item)
         # What goes in a segment would be copied for each try.
-        if not LARGE <= len(item) <= INLINE_SIZE:
+        if size > INLINE_SIZE or (size < LARGE and (self.packs or (self.backlog and self.room > size))):
             return False
         if self._impatient:
             self._impatient -= 1
             return False
         try:
             if self._try_for_a_moment(item, noted):
-                self._impatience = _IMPATIENT
+                self._impatience, self._patience = _IMPATIENT, _LONG_PATIENCE
                 return True
         except BaseException:
             _unsent(item)
             raise
-        self._impatient = self._impatience
+        self._impatient, self._patience = self._impatience, _SHORT_PATIENCE
         self._impatience = min(2 * self._impatience, _MOST_IMPATIENT)
         return False
 
     def _try_for_a_moment(self, item: Outgoing, noted: list[object] | None) -> bool:
-        for _ in range(_TRIES):
-            if self.drain() and self.try_send(item, noted):
-                return True
-        self._widen()
-        deadline = time.monotonic() + _PATIENCE
+        if len(item) >= LARGE:
+            for _ in range(_TRIES):
+                if self.drain() and self.try_send(item, noted):
+                    return True
+            self._widen()
+        deadline = time.monotonic() + self._patience
         while not (self.drain() and self.try_send(item, noted)):
             if time.monotonic() >= deadline or not self._await_room(deadline):
                 return False

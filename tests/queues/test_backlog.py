@@ -218,6 +218,37 @@ def test_reader_that_slept_through_the_end_of_a_child(
         assert queue.qsize() == 0
 
 
+@pytest.mark.parametrize("kind", [Queue, SimpleQueue])
+def test_readers_asleep_take_part(
+    crew: Crew, results: Queue[int], monkeypatch: pytest.MonkeyPatch, kind: type[AnyQueue]
+) -> None:
+    """They went to sleep when another had the child's last packet in its hands, and nothing else is put."""
+    count = 2000
+    put_in_front = Ends._put_in_front
+    tx, rx = channel()
+    readers = []
+
+    def put_in_front_late(*args: Any) -> None:
+        monkeypatch.undo()
+        readers.extend(crew.start(_announce_and_take, queue, False, tx, results) for _ in range(READERS))
+        tx.close()
+        for reader in readers:
+            rx.recv(LIMIT)
+            until(partial(is_asleep, reader))
+        put_in_front(*args)
+
+    with closing(kind()) as queue, rx:
+        crew.finish(crew.start(put_all, queue, range(count)))
+        monkeypatch.setattr(Ends, "_put_in_front", put_in_front_late)
+        got = []
+        while not readers:
+            got.append(take(queue))
+        crew.finish(*readers)
+        got += [take(results) for _ in readers]
+        got += [take(queue) for _ in range(count - len(got))]
+        assert sorted(got) == list(range(count))
+
+
 def test_readers_that_take_one_and_end(crew: Crew, queue: Queue[int], results: Queue[int]) -> None:
     """A reader that takes the first of an ended process's messages leaves the others to others."""
     crew.finish(crew.start(put_all, queue, range(2000)))

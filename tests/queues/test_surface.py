@@ -132,6 +132,28 @@ def test_put_many_get_many(queue: Queue[int]) -> None:
     assert queue.empty()
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+@pytest.mark.parametrize("make", [lambda: Queue(50), Queue, JoinableQueue], ids=["bounded", "plain", "joinable"])
+def test_get_many_of_several_kinds(make: Callable[[], Queue[Any]], at_once: int) -> None:
+    """Plain messages, some with descriptors and some in segments, in their order, and as many as asked for."""
+    with closing(make()) as queue, closing(Queue[int]()) as inner:
+        sent: list[Any] = [1, inner, 2, 3, bytes(200_000), inner, 4, "five"]
+        queue.put_many(sent)
+        got: list[Any] = []
+        while len(got) < len(sent):
+            some = queue.get_many(at_once, timeout=LIMIT)
+            assert 1 <= len(some) <= at_once
+            got += some
+        assert queue.qsize() == 0
+        for one, other in zip(sent, got, strict=True):
+            if one is inner:
+                with closing(other):
+                    other.put("through it")
+                    assert take(inner) == "through it"
+            else:
+                assert other == one
+
+
 def _fails_at(number: int) -> Iterator[int]:
     yield from range(number)
     raise KeyError(number)

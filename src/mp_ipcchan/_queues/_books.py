@@ -95,7 +95,7 @@ class Books:
                     pass
             else:
                 outlet.try_send(item, sent)
-            if not sent and not outlet.insist(item, sent):
+            if not sent and not (block and outlet.insist(item, sent)):
                 outlet.defer(item, accepted)
                 return
             ledger.own_cell()[DELIVERED] += 1

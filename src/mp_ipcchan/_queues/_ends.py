@@ -4,7 +4,7 @@ A queue is a socket pair, and a second one, the *front lane*. What a process had
 packet, a spill, whose messages are older than all that was put since. So the reader that gets it puts it into
 the front lane, where it stays, and from which everybody takes, message by message, until there is none left.
 There a reader looks first where that was noted, and else when it finds nothing in the queue, or has waited for a
-second.
+while.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from ._ledger import Ledger
 
 #: How long (seconds) anybody waits for a message without looking up.
 LOOK_EVERY = 1.0
+#: How long (microseconds) a reader waits for the queue alone, in the kernel; then for the front lane, too.
+_SLEEP = 50_000
 _TIMEVAL = struct.Struct("ll")
 
 
@@ -48,9 +50,9 @@ class Ends:
     @classmethod
     def new(cls) -> Ends:
         receiving, sending = Link.pair(CHANNEL_BUFFER)
-        # Whoever waits in the kernel comes back now and then, to see what no packet tells: the process
-        # that was to wake it, because the queue was shut down, may have been killed.
-        receiving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(LOOK_EVERY), 0))
+        # Whoever waits in the kernel comes back now and then, to see what no packet tells: something was put in
+        # front; or the queue was shut down, and the process that was to wake this one was killed.
+        receiving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, _SLEEP))
         return cls(receiving, sending, *Link.pair(CHANNEL_BUFFER))
 
     def take(self, wait: bool) -> Incoming | ShutMark:
@@ -133,7 +135,7 @@ class Ends:
                 self._note(True)
             held: deque[Incoming] = deque()
             try:
-                spill.read(1, held)
+                spill.read_next(held)
                 if spill.drained:
                     self._retire(spill)
             except BaseException as error:
