@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from mp_ipcchan._typed_codec import codec_of
 
 from ..conformance._support import LIMIT, InThread, bare_fork, open_descriptors
 from ..conformance.test_async import Loop, _started, loop  # noqa: F401  (fixtures)
+from ..queues._support import until
 from ._support import MANY, both_ends, crossing, moved
 
 msgspec = pytest.importorskip("msgspec")
@@ -185,14 +187,25 @@ def test_member_is_given_back(ends: tuple[Mux, Mux]) -> None:
             assert rx.recv(LIMIT) == "two"
 
 
-def test_members_in_a_forked_child(ends: tuple[Mux, Mux]) -> None:
+def _has_come(inlet: Any, ended: bool) -> bool:
+    return len(inlet.ready) == 1 and inlet.ended == ended
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+def test_members_in_a_forked_child(ends: tuple[Mux, Mux], arrived: bool, closed: bool) -> None:
     """There they have ended, whatever waited in them; here the set is as it was."""
     pairs = [crossing(*ends) for _ in range(3)]
     with ExitStack() as stack, ReceiverSet() as receivers:
         for number, (tx, rx) in enumerate(pairs):
             stack.enter_context(tx)
+            inlet = rx._open_link().inlet
             receivers.add(rx)
             tx.send(number)
+            if closed:
+                tx.close()
+            if arrived:
+                until(partial(_has_come, inlet, closed))
 
         def in_child() -> None:
             while len(receivers):

@@ -17,6 +17,8 @@ Relies on: one lock for all lanes of the process (``_switchboard``); nothing wai
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -218,6 +220,7 @@ class Head(LaneLink):
         #: The tail in this process that passes its messages here.
         self.tail: Tail | None = None
         self.inlet: LaneInlet = LaneInlet(self)
+        _heads.add(self)
 
     def fileno(self) -> int:
         # The socket's, for those who show it. To poll, one asks the inlet.
@@ -295,10 +298,6 @@ class Head(LaneLink):
     def lend(self, endpoint: Endpoint | None) -> LaneHandle:
         return ReceiverHandle(self, endpoint)
 
-    def abandon(self) -> None:
-        """In a forked child: what comes is the parent's."""
-        self.inlet.ended = True
-
     def leave(self, bind: Callable[[Tail], None]) -> None:
         """The receiver has gone where ``bind`` lets a tail send. All that waits here, and will come, follows."""
         tail = self.tail
@@ -327,3 +326,15 @@ class Head(LaneLink):
             tail.lose()
         tail._grant_all()
         tail._release()
+
+
+_heads: weakref.WeakSet[Head] = weakref.WeakSet()
+
+
+def _reset_after_fork() -> None:
+    """In a forked child: what came to the heads, and what comes, is the parent's. A set may have some still."""
+    for head in list(_heads):
+        head.inlet.reset_after_fork()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)

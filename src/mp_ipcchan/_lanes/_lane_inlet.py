@@ -202,6 +202,10 @@ class LaneInlet(Inlet):
         _parcels -= sum(cost(message) == HEAVY for message in self.ready)  # type: ignore[arg-type]
         super().close()
 
+    def reset_after_fork(self) -> None:
+        super().reset_after_fork()
+        self.ended = True
+
 
 class _Unasked(Waker):
     """Stands where nobody has asked for ``fileno``. Being there, it keeps ``recv`` from taking messages uncounted."""

@@ -17,7 +17,7 @@ from .. import _drainer
 from .._link import Link
 from .._outlet import Outlet
 from . import _switchboard
-from ._lane import Head, Tail
+from ._lane import Tail
 from ._lane_feed import Sink
 from ._lane_frame import Op, control
 from ._lane_intake import Intake, StreamFeed, TrunkInlet
@@ -176,9 +176,6 @@ class Trunk:
     def abandon(self) -> None:
         """In a forked child: the lanes are the parent's."""
         self.dead = True
-        for feed in self.receiving.values():
-            if isinstance(feed.sink, Head):
-                feed.sink.abandon()
         self.receiving.clear()
         self.sending.clear()
         self.link._forget()
