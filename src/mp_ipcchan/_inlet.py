@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from itertools import islice, repeat, starmap, takewhile
 from typing import Any, ClassVar, TypeAlias
 
@@ -198,16 +198,8 @@ class Inlet:
         For one thread that alone reads, and that no signal's handler interrupts. Raises ``EndOfStream`` and whatever
         ``take`` raises; what came before that is in ``into``.
         """
-        try:
-            if not self.ready and not self.inbox:
-                for packet in islice(self.packets.now, most):
-                    data, ancillary, flags, _ = packet
-                    if not data.startswith(PLAIN) or ancillary or flags & CUT:
-                        self.inbox.append(packet)
-                        break
-                    into.append(data)
-        except (BlockingIOError, ConnectionResetError):
-            pass
+        if not self.ready and not self.inbox:
+            self.take_plain(into, most)
         try:
             while True:
                 if not self.ready and not self.inbox:
@@ -216,7 +208,7 @@ class Inlet:
         except BlockingIOError:
             pass
 
-    def take_plain(self, into: list[Incoming], most: int) -> None:
+    def take_plain(self, into: MutableSequence[Incoming], most: int) -> None:
         """Take plain messages from the socket until ``into`` has ``most``, none is there, or something else comes."""
         packet: Packet | None = None
         try:

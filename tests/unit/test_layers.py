@@ -15,6 +15,7 @@ LAYERS = [
     ["_lanes._lane_frame", "_segments._segment", "_transport._frame", "_transport._carrier"],
     ["_segments._segment_pool", "_segments._segment_cache"],
     ["_segments._sealed_array"],
+    ["_transport._cargo", "_transport._window"],
     ["_transport._spill"],
     ["_transport.unix"],
     ["_servers._listener"],

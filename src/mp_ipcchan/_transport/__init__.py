@@ -3,5 +3,5 @@
 1. ``_frame``    what the bytes of a packet mean (pure)
 2. ``unix``      packets over AF_UNIX SOCK_SEQPACKET sockets, the one backend so far
 3. ``_carrier``  more descriptors than one packet takes
-4. ``_spill``    the unsent rest of a process that ends, as one packet
+4. ``_spill``    the unsent rest of a process that ends, as one packet; ``_cargo`` has the descriptors in it
 """

@@ -1,6 +1,6 @@
 """A spill: what a process had not sent when it ended, as one last packet.
 
-The messages lie in a segment, record behind record, and the packet that brings it has room even
+The messages lie in a segment, one behind the other, and the packet that brings it has room even
 on a full socket, because its sender raises the socket's limit for a moment. So the end of a
 process never waits for a reader, and nothing is lost.
 
@@ -11,7 +11,6 @@ killed takes at most the messages along that it has claimed.
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import socket
@@ -20,7 +19,6 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise, starmap
-from typing import Any
 
 from .._message import (
     CHANNEL_BUFFER,
@@ -38,15 +36,15 @@ from .._message import (
 )
 from .._segments import _segment
 from ..errors import ProtocolError
-from ._carrier import MAX_IN_PACKET, Carrier, check_room, descriptors_in, load, send_rights, too_many, unload
+from ._cargo import Cargo, load_all
+from ._carrier import MAX_IN_PACKET, send_rights, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
+from ._window import Window
 
 #: Asked for while the last packet goes out (bytes), one after the other; the kernel gives what
 #: net.core.wmem_max allows, by default 212992. Two steps: a process killed at the first leaves room for others to use
 #: the second. A socket that was filled up to ``LARGE_BUFFER`` has room at the first.
 _RAISED = (188416, 1 << 22, 1 << 22, 1 << 22)
-#: How much is read ahead (bytes): of the messages, and of the table that tells where they are.
-_AHEAD = 8192
 #: Of how many messages it is noted where they begin.
 _MOST_KNOWN = 512
 #: How much is claimed at a time (bytes, roughly) where many messages are asked for.
@@ -58,26 +56,18 @@ _OVERHEAD = RECORD_SIZE + MAX_HANDLES + 8 * MAX_BUFFERS
 #: frame, and whether it has descriptors.
 _ENTRY = struct.Struct("<Q")
 _SHIFT, _IS_RECORD, _HAS_RIGHTS = 2, 1, 2
-#: Beside a message's descriptors in a carrier: which message.
-_NUMBER = struct.Struct("<Q")
-_UNLOAD = (
-    _NUMBER.size,
-    socket.CMSG_SPACE(MAX_IN_PACKET * array.array("i").itemsize),
-    int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC),
-)
 
 
 class Spill:
     """The messages of a process that has ended. Owns its descriptors.
 
     Behind the messages in the segment, from ``table`` on, is where each begins, and where the last ends.
-    Descriptors lie in carriers, each message's with its number: a reader needs no more at a time than if each
-    message had come by itself. Two readers may find each other's; each goes on with the message that they are of.
+    Plain messages lie there as frames, others as records. Two readers may find each other's descriptors (``_cargo``);
+    each goes on with the message that they are of.
     """
 
     __slots__ = (
-        "_boxes",
-        "_carriers",
+        "_cargo",
         "_count",
         "_fd",
         "_known",
@@ -94,21 +84,20 @@ class Spill:
         self._size = size
         self._table_at = table
         self._count = count
-        self._records = _Window(fd, table)
-        self._table = _Window(fd, size)
+        self._records = Window(fd, table)
+        self._table = Window(fd, size)
         #: Where a stretch of the messages begins and ends, as ``_entries`` has found it, and the number of the first.
         self._known: tuple[int, list[int]] = (0, [])
         #: Claimed in this process, from the first to before the last, and not read after all.
         self._returned: deque[tuple[int, int]] = deque()
-        #: Packets of carriers that were received and not used after all.
-        self._boxes: deque[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = deque()
+        self._cargo = Cargo([])
         #: Whether this process has seen that everything is claimed.
         self.drained: bool = not count
         #: Read, and not yet taken by the process that has this spill to itself.
         self.messages: deque[Incoming] = deque()
         # Behind all calls: a signal's handler that comes before finds the descriptors its packet's still.
         self._fd = fd
-        self._carriers = carriers
+        self._cargo.carriers = carriers
 
     @property
     def left(self) -> int:
@@ -144,7 +133,7 @@ class Spill:
         pieces.append(struct.pack(f"<{len(table)}Q", *table))
         owned = Descriptors([])
         fd = _segment.create_with_position(pieces, owned.fds)
-        carriers = _load_all(loads)
+        carriers = load_all(loads)
         owned.fds.remove(fd)
         return cls(fd, os.fstat(fd).st_size, at, len(items), carriers)
 
@@ -253,9 +242,8 @@ class Spill:
     def _read_with_descriptors(self, number: int, into: deque[Incoming]) -> None:
         """Append a message with descriptors, if not ``number`` then another whose reader gets that one."""
         _, kinds, _ = self._parse_head(*self._entries(number, number + 1))
-        if self._carriers:
-            check_room(self._carriers[0], len(kinds))
-        found, fds = self._unload()
+        self._cargo.check_room(len(kinds))
+        found, fds = self._cargo.unload()
         owned = Descriptors(fds)
         body, copies, kinds = self._parse(*self._entries(found, found + 1))
         if len(kinds) > MAX_IN_PACKET and len(owned.fds) == 1:
@@ -297,41 +285,19 @@ class Spill:
         body, *buffers = (data[where] for where in slices(0, sizes))
         return body, [bytearray(buffer) for buffer in buffers], kinds
 
-    def _unload(self) -> tuple[int, list[int]]:
-        """The descriptors that are next, and which message's they are."""
-        box: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
-        try:
-            try:
-                box.extend(starmap(self._boxes.popleft, ((),)))
-            except IndexError:
-                for carrier in self._carriers:
-                    if _receive(carrier, box):
-                        break
-            if not box or len(box[0][0]) != _NUMBER.size:
-                raise ProtocolError("the last packet of a process brings too few descriptors")
-            if box[0][2] & socket.MSG_CTRUNC:
-                for fd in descriptors_in(box[0][1]):
-                    os.close(fd)
-                box.clear()
-                raise too_many()
-            fds = descriptors_in(box[0][1])
-            return _NUMBER.unpack(box[0][0])[0], fds
-        except BaseException:
-            self._boxes.extend(box)
-            raise
-
     def send_last(self, sock: socket.socket) -> None:
         """Send this as one packet, past the socket's usual limit. It stays this process's, too.
 
         Raises ``BlockingIOError`` where even the raised limit is reached.
         """
-        kinds = bytes([HandleKind.FILE] * len(self._carriers))
+        carriers = self._cargo.carriers
+        kinds = bytes([HandleKind.FILE] * len(carriers))
         frame = head(FrameKind.SPILL, SEGMENT_FLAG, kinds, (self._table_at, self._count), self._size)
         try:
             for raised in _RAISED:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, raised)
                 try:
-                    send_rights(sock, [frame], [self._fd, *self._carriers])
+                    send_rights(sock, [frame], [self._fd, *carriers])
                     return
                 except BlockingIOError:
                     # Or another process has lowered it meanwhile.
@@ -347,111 +313,17 @@ class Spill:
             message = self.messages.popleft()
             if isinstance(message, Parcel):
                 message.close()
-        while self._boxes:
-            for fd in descriptors_in(self._boxes.popleft()[1]):
-                os.close(fd)
         self._returned.clear()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-        carriers, self._carriers = self._carriers, []
-        for carrier in carriers:
-            os.close(carrier)
+        self._cargo.close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
 
 
-def _receive(carrier: int, box: list[Any]) -> bool:
-    """Receive a packet out of a carrier into ``box``; False where there is none."""
-    try:
-        sock = socket.socket(fileno=carrier)
-    except OSError as error:
-        raise ProtocolError("the last packet of a process brings something else as a carrier") from error
-    try:
-        box.extend(starmap(sock.recvmsg, (_UNLOAD,)))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise ProtocolError(
-            "the last packet of a process brings a carrier that nothing can be received from"
-        ) from error
-    finally:
-        sock.detach()
-    return True
-
-
-class _Window:
-    """Reads stretches of a file, mostly each a bit further on, with few system calls."""
-
-    __slots__ = ("_fd", "_held", "_size")
-
-    def __init__(self, fd: int, size: int) -> None:
-        self._fd = fd
-        self._size = size
-        #: Where what was read begins, and what it is. Replaced at one go: several threads may be reading.
-        self._held = (0, b"")
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes from ``start`` to before ``end``. ``ProtocolError`` where there are fewer."""
-        at, data = self._held
-        if not at <= start <= end <= at + len(data):
-            if end <= self._size:
-                data = _read_at(self._fd, start, max(end - start, min(_AHEAD, self._size - start)))
-            if start + len(data) < end or end > self._size:
-                raise ProtocolError("the last packet of a process is shorter than it says")
-            at = start
-            # Something large is not held longer than its reader does.
-            self._held = (at, data) if len(data) <= _STRETCH else (0, b"")
-        return data[start - at : end - at]
-
-
-def _read_at(fd: int, position: int, size: int) -> bytes:
-    """Up to ``size`` bytes, less only where the file ends. One system call reads 2 GiB at most."""
-    pieces = []
-    while size:
-        piece = os.pread(fd, size, position)
-        if not piece:
-            break
-        pieces.append(piece)
-        position += len(piece)
-        size -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
 def lower_limit(sock: socket.socket) -> None:
     """Undo what a process was killed in: filled up to a raised limit, a socket has no room for a last packet."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
-
-
-def _load_all(loads: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
-    """Carriers with every one of ``loads``, in order, each as one packet with the message's number."""
-    carriers = Descriptors([])
-    current: Carrier | None = None
-    try:
-        for number, fds in loads:
-            # More than a packet takes go in a carrier of their own, inside.
-            nested = load(fds) if len(fds) > MAX_IN_PACKET else None
-            if nested is not None:
-                fds = [nested.fileno()]
-            while True:
-                if current is None:
-                    current = Carrier()
-                if current.add(fds, _NUMBER.pack(number)):
-                    break
-                carriers.fds.append(current.detach())
-                current = None
-            _close(nested)
-        if current is not None:
-            carriers.fds.append(current.detach())
-            current = None
-    finally:
-        _close(current)
-    made, carriers.fds = carriers.fds, []
-    return made
-
-
-def _close(carrier: Carrier | socket.socket | None) -> None:
-    if carrier is not None:
-        carrier.close()
