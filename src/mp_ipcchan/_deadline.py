@@ -9,7 +9,7 @@ import select
 from time import monotonic
 
 #: The longest single wait of ``poll``, in milliseconds: it takes a C int. Longer waits are several.
-_LONGEST = 2**31 - 1
+LONGEST = 2**31 - 1
 
 
 def deadline_in(timeout: float | None) -> float | None:
@@ -37,32 +37,8 @@ def wait_for(fd: int, events: int, deadline: float | None, *others: int) -> bool
         poller.register(one, events)
     while True:
         left = remaining(deadline)
-        ready = poller.poll(None if left is None else min(left * 1000, _LONGEST))
+        ready = poller.poll(None if left is None else min(left * 1000, LONGEST))
         if ready:
             return True
-        if left is not None and left * 1000 <= _LONGEST:
+        if left is not None and left * 1000 <= LONGEST:
             return False
-
-
-def wait_for_either(fd: int, other: int, deadline: float | None) -> bool:
-    """Wait until one of two is readable; False at the deadline.
-
-    Of several processes that wait for ``fd``, what comes there wakes one.
-    """
-    left = remaining(deadline)
-    try:
-        poller = select.epoll() if left != 0 else None
-    except OSError:
-        # No descriptor is free: then all are woken.
-        poller = None
-    if poller is None:
-        return wait_for(fd, select.POLLIN, deadline, other)
-    with poller:
-        poller.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-        poller.register(other, select.EPOLLIN)
-        while True:
-            left = remaining(deadline)
-            if poller.poll(None if left is None else min(left, _LONGEST / 1000)):
-                return True
-            if left is not None and left * 1000 <= _LONGEST:
-                return False

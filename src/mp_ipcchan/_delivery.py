@@ -249,14 +249,13 @@ class Delivery:
                 self._end_turn(inlet, mine, ends)
             if not taken:
                 raise
-            first = taken[0]
             try:
                 raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
             except BaseException:
                 # Another handler, before anything was done.
                 raises, undecodable = self._settle_many(inlet, taken, decoded, decoding, error)
             if undecodable:
-                self._report(error, first)  # type: ignore[arg-type]
+                self._report(error, taken[0])  # type: ignore[arg-type]
             if raises:
                 raise
         return decoded
@@ -268,22 +267,32 @@ class Delivery:
 
         Whether that is to be raised, and whether it is of a message that can't be decoded.
         """
-        done = len(decoded)
-        if not decoding or done == len(taken) or not isinstance(error, Exception) or raised_by_handler(error):
-            begun = done + 1 if decoding else 0
-            back = [one for one in taken[:begun] if is_intact(one)] + taken[begun:]
-            verdict = True, False
-        else:
-            # A message that can't be decoded: the next call says so, if there is something to return now.
-            back = taken[done or 1 :]
-            verdict = not done, not done
-        gone = len(taken) - len(back)
-        inlet.put_back(*back)
-        # From here on it is done, whatever comes.
-        del taken[:]
-        self._left(len(back))
-        self._taken(gone)
-        return verdict
+        back: list[Incoming | Spill] | None = None
+        raises, undecodable = True, False
+        staying, left = 0, False
+        for _ in ATTEMPTS:
+            try:
+                if back is None:
+                    done = len(decoded)
+                    if decoding and done < len(taken) and isinstance(error, Exception) and not raised_by_handler(error):
+                        # A message that can't be decoded: the next call says so, if there is something to return now.
+                        raises = undecodable = not done
+                        rest = taken[done or 1 :]
+                    else:
+                        begun = done + 1 if decoding else 0
+                        rest = [one for one in taken[:begun] if is_intact(one)] + taken[begun:]
+                    staying, back = len(rest), [*rest]
+                # What gets there leaves the list.
+                inlet.take_back(back)
+                if not left:
+                    self._left(staying)
+                    left = True
+                self._taken(len(taken) - staying)
+                break
+            except BaseException:
+                # Another handler; what it interrupted is done again, if it hasn't been.
+                continue
+        return raises, undecodable
 
     def _deliver_by(
         self, inlet: Inlet, copy: Callable[[Incoming], T], deadline: float | None, alone: bool = False

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, MutableSequence
 from itertools import islice, repeat, starmap, takewhile
 from typing import Any, ClassVar, TypeAlias
 
-from ._deadline import wait_for, wait_for_either
+from ._deadline import wait_for
 from ._interrupt import raised_by_handler
 from ._message import PLAIN, Incoming, Parcel, TooLargeError
 from ._packets import Packets
@@ -35,7 +35,7 @@ from ._transport.unix import (
     close_packet,
     open_packet,
 )
-from ._waker import Waker
+from ._waker import Waker, wait_for_either
 from .errors import ProtocolError
 
 __all__ = ["EndOfStream", "Inlet", "NoRoom", "ShutMark", "Spill"]
@@ -46,7 +46,7 @@ _MOST_LOOKS = 16
 _LOOK_AGAIN = 32
 
 #: How many messages of an ended process are read at a time, at most.
-_MOST_READ = 2048
+_MOST_READ = 512
 
 #: What ``take`` gives: a message, or what only a queue understands.
 Taken: TypeAlias = Incoming | Spill | ShutMark
@@ -219,8 +219,9 @@ class Inlet:
                 # Without a call, as below: a signal's handler finds it there, or in ``packet``.
                 into += (data,)
                 packet = None
-        except (BlockingIOError, ConnectionResetError) as error:
-            if raised_by_handler(error):
+        except (BlockingIOError, ConnectionResetError, NoRoom) as error:
+            # What there is no room for comes again when there is nothing else.
+            if raised_by_handler(error) or (isinstance(error, NoRoom) and not into):
                 raise
         finally:
             if packet is not None:
@@ -245,6 +246,9 @@ class Inlet:
             return [*islice(self.packets.waiting, 1)]
         except BaseException as error:
             _forget_look(error)
+            if self.front is not None:
+                # It has waited for the queue alone.
+                self.detour = True
             raise
 
     def expect(self, looks: int) -> None:
@@ -327,6 +331,8 @@ class Inlet:
                 if spill.messages:
                     self.ready.extendleft(starmap(spill.messages.pop, repeat((), len(spill.messages))))
                 else:
+                    # Not by its finaliser: what a signal's handler raises in that, nobody hears, and nobody closes it.
+                    spill.close()
                     self.ready.popleft()
 
     def take_packed(self, into: list[Incoming], most: int) -> bool:

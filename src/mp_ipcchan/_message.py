@@ -215,7 +215,8 @@ class Descriptors:
         list(map(os.close, map(self.fds.pop, [-1] * len(self.fds))))
 
     def __del__(self) -> None:
-        self.close()
+        if getattr(self, "fds", None):
+            self.close()
 
 
 #: What a receiver holds until somebody decodes it: a plain frame, or a parcel.

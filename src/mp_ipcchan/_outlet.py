@@ -23,7 +23,7 @@ LARGE, _TRIES = 16384, 8
 #: For how long (seconds) a sender waits for room: at first, and where there was some in that time.
 _SHORT_PATIENCE, _LONG_PATIENCE = 0.001, 0.01
 #: After it did so in vain, how many times it doesn't: nobody may be reading. Each time, for twice as many.
-_IMPATIENT, _MOST_IMPATIENT = 1, 1024
+_IMPATIENT, _MOST_IMPATIENT = 1, 64
 
 
 class Outlet(Backlog):
@@ -42,18 +42,10 @@ class Outlet(Backlog):
 
     def _begin(self, emptied: Callable[[], None]) -> None:
         super()._begin(emptied)
-        self._be_patient()
-        #: For how long (seconds) ``insist`` waits.
-        self._patience = _SHORT_PATIENCE
-
-    def _be_patient(self) -> None:
         #: How many times ``insist`` gives in at once, and how many times it is to do so next.
         self._impatient, self._impatience = 0, _IMPATIENT
-
-    def _finish(self) -> None:
-        # Somebody reads.
-        self._be_patient()
-        super()._finish()
+        #: For how long (seconds) it waits.
+        self._patience = _SHORT_PATIENCE
 
     def send(self, item: Outgoing, accepted: list[object] | None = None) -> None:
         """Send without ever waiting. Raises ``OSError`` where the receiver is gone; ``item`` is unsent then.

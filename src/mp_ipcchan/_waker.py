@@ -1,10 +1,12 @@
-"""Wakers: they let ``poll`` and its like see messages that wait in user space."""
+"""Wakers: they let ``poll`` and its like see messages that wait in user space. Waiting for one of two sockets."""
 
 from __future__ import annotations
 
 import os
 import select
 import socket
+
+from ._deadline import LONGEST, remaining, wait_for
 
 
 class Waker:
@@ -34,3 +36,44 @@ class Waker:
         fd, self._event = self._event, -1
         if fd >= 0:
             os.close(fd)
+
+
+#: Of threads that wait. A forked child has the descriptors, and not the threads.
+_pollers: set[select.epoll] = set()
+
+
+def wait_for_either(fd: int, other: int, deadline: float | None) -> bool:
+    """Wait until one of two is readable; False at the deadline.
+
+    Of several processes that wait for ``fd``, what comes there wakes one.
+    """
+    left = remaining(deadline)
+    try:
+        poller = select.epoll() if left != 0 else None
+    except OSError:
+        # No descriptor is free: then all are woken.
+        poller = None
+    if poller is None:
+        return wait_for(fd, select.POLLIN, deadline, other)
+    try:
+        _pollers.add(poller)
+        poller.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        poller.register(other, select.EPOLLIN)
+        while True:
+            left = remaining(deadline)
+            if poller.poll(None if left is None else min(left, LONGEST / 1000)):
+                return True
+            if left is not None and left * 1000 <= LONGEST:
+                return False
+    finally:
+        _pollers.discard(poller)
+        poller.close()
+
+
+def _reset_after_fork() -> None:
+    for poller in _pollers:
+        poller.close()
+    _pollers.clear()
+
+
+os.register_at_fork(after_in_child=_reset_after_fork)

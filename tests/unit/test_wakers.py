@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mp_ipcchan import _inlet, channel
-from mp_ipcchan._deadline import deadline_in, wait_for_either
-from mp_ipcchan._waker import Waker
+from mp_ipcchan._deadline import deadline_in
+from mp_ipcchan._waker import Waker, wait_for_either
 
 from ..conformance._support import LIMIT, open_descriptors, room_for
 

@@ -135,7 +135,7 @@ class Ends:
                 self._note(True)
             held: deque[Incoming] = deque()
             try:
-                spill.read_next(held)
+                spill.read(1, held)
                 if spill.drained:
                     self._retire(spill)
             except BaseException as error:
@@ -186,6 +186,8 @@ class Ends:
                 self._put_in_front(found, sent)
             else:
                 sent = [None]
+                if found.__class__ is Spill:
+                    found.close()
         finally:
             if not sent:
                 link.inlet.put_back(found)  # type: ignore[arg-type]

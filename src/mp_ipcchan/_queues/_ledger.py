@@ -186,8 +186,9 @@ class Ledger:
         undelivered = words[base + BEGUN] - words[base + DELIVERED]
         taking = words[base + _TAKING]
         if undelivered or taking:
-            self._settle(undelivered, taking)
+            # Before: who finds a task less meanwhile looks whether some were.
             words[base + _FORGIVEN] += undelivered
+            self._settle(undelivered, taking)
             words[base + BEGUN] = words[base + DELIVERED]
             words[base + TAKEN] += taking
             words[base + _TAKING] = 0

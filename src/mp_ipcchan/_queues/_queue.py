@@ -8,6 +8,8 @@ the free slots of a bounded queue, and the unfinished tasks of a joinable one.
 
 from __future__ import annotations
 
+import operator
+import sys
 import threading
 import weakref
 from collections.abc import Iterable
@@ -232,10 +234,11 @@ class Queue(Delivery, _StdlibQueue, Generic[T]):
 
     def get_many(self, max_items: int, timeout: float | None = None) -> list[T]:
         """Wait for a message as ``get`` does, and return it with those that are there, 1 to ``max_items``."""
-        if max_items < 1:
+        most = min(operator.index(max_items), sys.maxsize)
+        if most < 1:
             raise ValueError(f"max_items must be at least 1, not {max_items}")
         self._check_open()
-        return self._deliver_many(self._inlet, max_items, deadline_in(timeout))
+        return self._deliver_many(self._inlet, most, deadline_in(timeout))
 
     def _take_more(self, inlet: Inlet, taken: list[Incoming], most: int, alone: bool) -> None:
         words = self._ledger.words

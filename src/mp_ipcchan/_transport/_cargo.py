@@ -10,9 +10,10 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
-from itertools import starmap
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat, starmap
+from typing import Any, TypeAlias
 
 from .._message import Descriptors
 from ..errors import ProtocolError
@@ -27,61 +28,71 @@ _UNLOAD = (
 )
 
 
+# Of the part of ``socket.socket`` that is written in C.
+_open: Callable[..., Any] = partial(socket.SocketType, int(socket.AF_UNIX), int(socket.SOCK_SEQPACKET), 0)
+#: What ``recvmsg`` returns: data, ancillary data, flags, address.
+Packet: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+
+
 class Cargo:
     """Owns the carriers."""
 
-    __slots__ = ("_boxes", "carriers")
+    __slots__ = ("_returned", "carriers")
 
     def __init__(self, carriers: list[int]) -> None:
         self.carriers = carriers
         #: Packets of carriers that were received and not used after all.
-        self._boxes: deque[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = deque()
+        self._returned: deque[Packet] = deque()
 
     def check_room(self, count: int) -> None:
         """Raise ``NoRoom`` where this process has none for so many descriptors."""
         if self.carriers:
             check_room(self.carriers[0], count)
 
-    def unload(self) -> tuple[int, list[int]]:
-        """The descriptors that are next, and which message's they are."""
-        box: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
+    def take(self, into: list[Packet]) -> None:
+        """Take the packet that is next, with some message's descriptors. It has to be used, or ``put_back``.
+
+        Raises ``OSError`` where this process has no room for them, ``ProtocolError`` where there is none.
+        """
         try:
-            try:
-                box.extend(starmap(self._boxes.popleft, ((),)))
-            except IndexError:
-                for carrier in self.carriers:
-                    if _receive(carrier, box):
-                        break
-            if not box or len(box[0][0]) != _NUMBER.size:
-                raise ProtocolError("the last packet of a process brings too few descriptors")
-            if box[0][2] & socket.MSG_CTRUNC:
-                for fd in descriptors_in(box[0][1]):
-                    os.close(fd)
-                box.clear()
-                raise too_many()
-            fds = descriptors_in(box[0][1])
-            return _NUMBER.unpack(box[0][0])[0], fds
-        except BaseException:
-            self._boxes.extend(box)
-            raise
+            into.extend(starmap(self._returned.popleft, ((),)))
+        except IndexError:
+            for carrier in self.carriers:
+                if _receive(carrier, into):
+                    break
+        if not into or len(into[0][0]) != _NUMBER.size:
+            raise ProtocolError("the last packet of a process brings too few descriptors")
+        if into[0][2] & socket.MSG_CTRUNC:
+            for fd in descriptors_in(into[0][1]):
+                os.close(fd)
+            into.clear()
+            raise too_many()
+
+    def put_back(self, packets: list[Packet]) -> None:
+        """Let the next ``take`` have them; they leave the list as they get there."""
+        self._returned.extend(starmap(packets.pop, repeat((), len(packets))))
 
     def close(self) -> None:
-        while self._boxes:
-            for fd in descriptors_in(self._boxes.popleft()[1]):
+        while self._returned:
+            for fd in descriptors_in(self._returned.popleft()[1]):
                 os.close(fd)
-        carriers, self.carriers = self.carriers, []
-        for carrier in carriers:
-            os.close(carrier)
+        list(map(os.close, map(self.carriers.pop, [-1] * len(self.carriers))))
 
 
-def _receive(carrier: int, box: list[Any]) -> bool:
-    """Receive a packet out of a carrier into ``box``; False where there is none."""
+def numbered(packet: Packet) -> tuple[int, list[int]]:
+    """Which message's descriptors a packet has, and these."""
+    return _NUMBER.unpack(packet[0])[0], descriptors_in(packet[1])
+
+
+def _receive(carrier: int, into: list[Packet]) -> bool:
+    """Receive a packet out of a carrier into ``into``; False where there is none."""
+    copies: list[int] = []
+    held: list[socket.socket] = []
     try:
-        sock = socket.socket(fileno=carrier)
-    except OSError as error:
-        raise ProtocolError("the last packet of a process brings something else as a carrier") from error
-    try:
-        box.extend(starmap(sock.recvmsg, (_UNLOAD,)))
+        # Of a duplicate, and by one C call: a socket that a signal's handler leaves behind closes what it is of.
+        copies.extend(map(os.dup, (carrier,)))
+        held.extend(map(_open, copies))
+        into.extend(starmap(held[0].recvmsg, (_UNLOAD,)))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -89,7 +100,10 @@ def _receive(carrier: int, box: list[Any]) -> bool:
             "the last packet of a process brings a carrier that nothing can be received from"
         ) from error
     finally:
-        sock.detach()
+        for sock in held:
+            sock.close()
+        if not held:
+            list(map(os.close, copies))
     return True
 
 

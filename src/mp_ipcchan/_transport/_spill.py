@@ -18,7 +18,8 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise, starmap
+from itertools import pairwise, repeat, starmap
+from operator import sub
 
 from .._message import (
     CHANNEL_BUFFER,
@@ -36,7 +37,7 @@ from .._message import (
 )
 from .._segments import _segment
 from ..errors import ProtocolError
-from ._cargo import Cargo, load_all
+from ._cargo import Cargo, Packet, load_all, numbered
 from ._carrier import MAX_IN_PACKET, send_rights, unload
 from ._frame import RECORD_SIZE, SEGMENT_FLAG, FrameKind, head, parse_record, record, slices
 from ._window import Window
@@ -45,7 +46,7 @@ from ._window import Window
 #: net.core.wmem_max allows, by default 212992. Two steps: a process killed at the first leaves room for others to use
 #: the second. A socket that was filled up to ``LARGE_BUFFER`` has room at the first.
 _RAISED = (188416, 1 << 22, 1 << 22, 1 << 22)
-#: Of how many messages it is noted where they begin.
+#: Of so many messages it is noted at a time where they begin.
 _MOST_KNOWN = 512
 #: How much is claimed at a time (bytes, roughly) where many messages are asked for.
 _STRETCH = 1 << 17
@@ -71,6 +72,7 @@ class Spill:
         "_count",
         "_fd",
         "_known",
+        "_owned",
         "_records",
         "_returned",
         "_size",
@@ -86,7 +88,7 @@ class Spill:
         self._count = count
         self._records = Window(fd, table)
         self._table = Window(fd, size)
-        #: Where a stretch of the messages begins and ends, as ``_entries`` has found it, and the number of the first.
+        #: The number of a message, and a stretch of the table from its entry on.
         self._known: tuple[int, list[int]] = (0, [])
         #: Claimed in this process, from the first to before the last, and not read after all.
         self._returned: deque[tuple[int, int]] = deque()
@@ -97,6 +99,7 @@ class Spill:
         self.messages: deque[Incoming] = deque()
         # Behind all calls: a signal's handler that comes before finds the descriptors its packet's still.
         self._fd = fd
+        self._owned = [fd]
         self._cargo.carriers = carriers
 
     @property
@@ -137,46 +140,6 @@ class Spill:
         owned.fds.remove(fd)
         return cls(fd, os.fstat(fd).st_size, at, len(items), carriers)
 
-    def read_next(self, into: deque[Incoming]) -> None:
-        """As ``read(1, into)``, for who takes many, one by one: cheaper than that where they are plain."""
-        ends: list[int] = []
-        before = len(into)
-        if self._fd >= 0 and not self._returned:
-            try:
-                ends.extend(map(os.lseek, (self._fd,), (1,), (os.SEEK_CUR,)))
-                first, entries = self._known
-                position = ends[0] - 1 - first
-                if 0 <= position < len(entries) - 1 and not entries[position] & _IS_RECORD:
-                    if ends[0] == self._count:
-                        self.drained = True
-                    into.append(self._read_plain(entries[position] >> _SHIFT, entries[position + 1] >> _SHIFT))
-                    return
-            except ProtocolError:
-                self.close()
-                raise
-            finally:
-                # A record, or not known where; or a signal's handler has raised.
-                if ends and len(into) == before:
-                    self._returned.appendleft((ends[0] - 1, min(ends[0], self._count)))
-        self.read(1, into)
-        if ends and ends[0] < self._count:
-            self._look_ahead(ends[0])
-
-    def _look_ahead(self, number: int) -> None:
-        """Note where messages begin, from ``number`` on."""
-        try:
-            self._known = number, self._entries(number, min(self._count, number + _MOST_KNOWN))
-        except ProtocolError:
-            # Whoever reads the next says so.
-            pass
-
-    def _read_plain(self, start: int, end: int) -> bytes:
-        """The plain frame that begins and ends there."""
-        frame = self._records.read(start, end) if end - start <= PACKET_SIZE else b""
-        if not frame.startswith(PLAIN):
-            raise ProtocolError("the last packet of a process holds something else than messages")
-        return frame
-
     def read(self, most: int, into: deque[Incoming], largest: int = sys.maxsize) -> None:
         """Claim messages and append them to ``into``, at most ``most``; none once all are claimed.
 
@@ -192,14 +155,17 @@ class Spill:
             return
         if most > 1:
             most = max(1, min(most, _STRETCH * self._count // (self._table_at + 1)))
+        before = len(into)
         claimed: list[tuple[int, int]] = []
         ends: list[int] = []
-        before = len(into)
-        dropped = 0
         try:
-            try:
-                claimed.extend(starmap(self._returned.popleft, ((),)))
-            except IndexError:
+            if self._returned:
+                try:
+                    claimed.extend(starmap(self._returned.popleft, ((),)))
+                except IndexError:
+                    # Another thread was faster.
+                    pass
+            if not claimed:
                 ends.extend(map(os.lseek, (self._fd,), (most,), (os.SEEK_CUR,)))
                 claimed.append((ends[0] - most, min(ends[0], self._count)))
             first, last = claimed[0]
@@ -207,57 +173,106 @@ class Spill:
                 self.drained = True
             if first < last:
                 self._read(first, min(last, first + most), into, largest)
+            if len(into) - before < last - first:
+                self._give_back(claimed, ends, most, len(into) - before)
         except ProtocolError:
             self.close()
             raise
-        except MemoryError as error:
-            dropped = 1
-            raise TooLargeError from error
-        finally:
-            if ends and not claimed:
-                claimed.append((ends[0] - most, min(ends[0], self._count)))
-            for first, last in claimed:
-                rest = first + len(into) - before + dropped
-                if rest < last and self._fd >= 0:
-                    self._returned.appendleft((rest, last))
+        except BaseException as error:
+            dropped = isinstance(error, MemoryError)
+            try:
+                self._give_back(claimed, ends, most, len(into) - before + dropped)
+            except BaseException:
+                # Another signal's handler.
+                self._give_back(claimed, ends, most, len(into) - before + dropped)
+            if dropped:
+                raise TooLargeError from error
+            raise
+
+    def _give_back(self, claimed: list[tuple[int, int]], ends: list[int], most: int, done: int) -> None:
+        """Let the next call read what was claimed, but for the first ``done``. Once, however often it is called."""
+        if ends and not claimed:
+            claimed.append((ends[0] - most, min(ends[0], self._count)))
+        for first, last in claimed:
+            rest = first + done, last
+            if rest[0] < last and self._fd >= 0 and rest not in self._returned:
+                self._returned.appendleft(rest)
 
     def _read(self, first: int, last: int, into: deque[Incoming], largest: int) -> None:
         """Append messages from ``first`` to before ``last``, in order, by C calls: plain ones, or one other."""
+        start, known = self._known
+        if last - first == 1 and start <= first < start + len(known) - 1:
+            # The usual case of who takes one after the other, at half the cost.
+            entry = known[first - start]
+            at, end = entry >> _SHIFT, known[first - start + 1] >> _SHIFT
+            if not entry & _IS_RECORD and end - at <= min(PACKET_SIZE, largest):
+                frame = self._records.read(at, end)
+                if frame.startswith(PLAIN):
+                    into.append(frame)
+                    return
         entries = self._entries(first, last)
-        if max(end - start for start, end in pairwise(entries)) >> _SHIFT > largest + _OVERHEAD:
+        if largest < sys.maxsize and max(map(sub, entries[1:], entries)) >> _SHIFT > largest + _OVERHEAD:
             raise ProtocolError(f"the last packet of a process has a message of more than {largest} bytes")
         if entries[0] & _HAS_RIGHTS:
             self._read_with_descriptors(first, into)
-            return
-        if entries[0] & _IS_RECORD:
+        elif entries[0] & _IS_RECORD:
             body, copies, kinds = self._parse(*entries[:2])
             into.extend(map(Parcel, (body,), (copies,), (kinds,), ([],)))
-            return
-        plain = next((at for at, entry in enumerate(entries) if entry & _IS_RECORD), last - first)
+        else:
+            into.extend(self._read_plain(entries, largest))
+
+    def _read_plain(self, entries: list[int], largest: int) -> list[bytes]:
+        """The plain messages that are first among those that begin there."""
+        plain = next((at for at, entry in enumerate(entries) if entry & _IS_RECORD), len(entries) - 1)
         # Of a stranger, a stretch may be longer than it is on average.
         while plain > 1 and (entries[plain] - entries[0]) >> _SHIFT > max(largest, _STRETCH):
             plain //= 2
-        into.extend([self._read_plain(start >> _SHIFT, end >> _SHIFT) for start, end in pairwise(entries[: plain + 1])])
+        offsets = [entry >> _SHIFT for entry in entries[: plain + 1]]
+        if max(map(sub, offsets[1:], offsets)) <= PACKET_SIZE:
+            start = offsets[0]
+            data = self._records.read(start, offsets[-1])
+            frames = [data[at - start : end - start] for at, end in pairwise(offsets)]
+            if all(map(bytes.startswith, frames, repeat(PLAIN))):
+                return frames
+        raise ProtocolError("the last packet of a process holds something else than messages")
 
     def _read_with_descriptors(self, number: int, into: deque[Incoming]) -> None:
         """Append a message with descriptors, if not ``number`` then another whose reader gets that one."""
         _, kinds, _ = self._parse_head(*self._entries(number, number + 1))
         self._cargo.check_room(len(kinds))
-        found, fds = self._cargo.unload()
-        owned = Descriptors(fds)
-        body, copies, kinds = self._parse(*self._entries(found, found + 1))
-        if len(kinds) > MAX_IN_PACKET and len(owned.fds) == 1:
-            # The carrier inside is closed with the object that had it.
-            owned = Descriptors(unload(owned.fds[0], len(kinds)))
-        if len(owned.fds) != len(kinds):
-            raise ProtocolError(
-                f"a message has {len(kinds)} descriptors, and the last packet of a process {len(owned.fds)}"
-            )
-        fds, owned.fds = owned.fds, []
-        into.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
+        before = len(into)
+        taken: list[Packet] = []
+        try:
+            self._cargo.take(taken)
+            found, fds = numbered(taken[0])
+            body, copies, kinds = self._parse(*(self._entries if found == number else self._locate)(found, found + 1))
+            if len(kinds) > MAX_IN_PACKET and len(fds) == 1:
+                # The carrier inside is closed with the object that has it, come what may.
+                inner = Descriptors(fds)
+                taken.clear()
+                fds = unload(inner.fds[0], len(kinds))
+            if len(fds) != len(kinds):
+                raise ProtocolError(f"a message has {len(kinds)} descriptors, and its packet brings {len(fds)}")
+            into.extend(map(Parcel, (body,), (copies,), (kinds,), (fds,)))
+        except MemoryError:
+            # It will be dropped.
+            Descriptors([fd for packet in taken for fd in numbered(packet)[1]])
+            raise
+        except BaseException:
+            if len(into) == before:
+                # It stays claimed by this process, and they are its own.
+                self._cargo.put_back(taken)
+            raise
 
     def _entries(self, first: int, last: int) -> list[int]:
         """The table's entries from ``first`` on to that of ``last``, with it."""
+        start, known = self._known
+        if not start <= first <= last < start + len(known):
+            # Whoever reads one after the other asks for the next soon.
+            start, known = self._known = first, self._locate(first, min(self._count, max(last, first + _MOST_KNOWN)))
+        return known[first - start : last - start + 1]
+
+    def _locate(self, first: int, last: int) -> list[int]:
         if not 0 <= first < last <= self._count:
             raise ProtocolError("the last packet of a process names a message that it doesn't have")
         data = self._table.read(self._table_at + _ENTRY.size * first, self._table_at + _ENTRY.size * (last + 1))
@@ -314,13 +329,13 @@ class Spill:
             if isinstance(message, Parcel):
                 message.close()
         self._returned.clear()
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
         self._cargo.close()
+        self._fd = -1
+        # Closed by the C call that takes it out: interrupted by a signal's handler, this can be called again.
+        list(map(os.close, map(self._owned.pop, [-1] * len(self._owned))))
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "_owned", None):
             self.close()
 
 
