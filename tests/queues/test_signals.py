@@ -37,8 +37,8 @@ from mp_ipcchan import (
     channel,
 )
 
+from ..conformance._support import finalising, open_descriptors
 from ..conformance._support import interrupted as interrupted_finalisers
-from ..conformance._support import open_descriptors
 
 #: Seconds that a test goes on for; what it looks for shows within a tenth of that where it is broken.
 LONG = 1.5
@@ -286,18 +286,16 @@ def test_error_of_a_handler_is_no_error_of_the_message(handler: Callable[..., No
 
 
 class Interrupter:
-    """Interrupts calls at random instants."""
+    """Interrupts calls at random instants, but for finalisers."""
 
     def __init__(self) -> None:
         seed = random.randrange(1 << 32)
         print("seed", seed)
         self._dice = random.Random(seed)
         self._armed = False
-        #: What is raised in a finaliser nobody hears, and what it was to close stays open.
-        self.spares_finalisers = False
 
     def handle(self, _: int, frame: FrameType | None) -> None:
-        if self._armed and not (self.spares_finalisers and _is_finalising(frame)):
+        if self._armed and not finalising(frame):
             self._armed = False
             raise Stop
 
@@ -314,22 +312,16 @@ class Interrupter:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _is_finalising(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    return frame is not None
-
-
 def interrupted_at(place: int, call: Callable[[], object]) -> bool:
     """Call, and let a signal's handler raise at the ``place``-th instant at which one may run; whether there was one.
 
     That is where a function of Python begins, and where one of C ends.
     """
 
-    def watch(_frame: object, event: str, _arg: object) -> None:
+    def watch(frame: FrameType, event: str, _arg: object) -> None:
         nonlocal place
         place -= event in ("call", "c_return")
-        if place == 0:
+        if place <= 0 and not finalising(frame):
             sys.setprofile(None)
             signal.raise_signal(signal.SIGALRM)
 
@@ -526,7 +518,6 @@ def _leave(queue: Queue[Any], count: int) -> None:
 @pytest.mark.parametrize("at_once", [1, 20])
 def test_interrupted_get_of_what_a_child_has_left(interrupter: Interrupter, at_once: int) -> None:
     """Each message comes once, however often it is interrupted: at its claim, at a record among plain ones."""
-    interrupter.spares_finalisers = True
     context: Any = multiprocessing.get_context("ipcchan_fork")
     count = 500
     with closing(Queue[Any]()) as queue:
