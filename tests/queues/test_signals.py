@@ -320,8 +320,9 @@ def interrupted_at(place: int, call: Callable[[], object]) -> bool:
 
     def watch(frame: FrameType, event: str, _arg: object) -> None:
         nonlocal place
-        place -= event in ("call", "c_return")
-        if place <= 0 and not finalising(frame):
+        instant = event in ("call", "c_return")
+        place -= instant
+        if instant and place <= 0 and not finalising(frame):
             sys.setprofile(None)
             signal.raise_signal(signal.SIGALRM)
 
