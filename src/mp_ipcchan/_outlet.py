@@ -66,9 +66,11 @@ class Outlet(Backlog):
         if not self.packs or len(frames) == 1:
             for frame in frames:
                 self.send(frame)
-        elif frames and not self.try_send(pack(frames)):
-            for frame in frames:
-                self.defer(frame)
+        elif frames:
+            packet = pack(frames)
+            if not self.try_send(packet) and not self.insist(packet):
+                for frame in frames:
+                    self.defer(frame)
 
     def try_send(self, item: Outgoing, noted: list[object] | None = None) -> bool:
         """Hand ``item`` to the kernel now; False, with nothing sent, where it can't take it now.

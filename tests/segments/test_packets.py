@@ -79,13 +79,19 @@ def test_which_arrays_are_part_of_their_packet() -> None:
         assert len(message.buffers) == 2
 
 
+def _be_patient(tx: Sender[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it be no matter of time whether a wait is in vain."""
+    for name in ("_SHORT_PATIENCE", "_LONG_PATIENCE"):
+        monkeypatch.setattr(_outlet, name, LIMIT)
+    tx._open_link().outlet._patience = LIMIT
+
+
 def test_large_message_waits_for_a_reader_at_work(
     pair: tuple[Sender[Any], Receiver[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a full socket it waits in the kernel, not in the backlog."""
-    monkeypatch.setattr(_outlet, "_LONG_PATIENCE", LIMIT)
     tx, rx = pair
-    tx._open_link().outlet._patience = LIMIT
+    _be_patient(tx, monkeypatch)
     filled = _fill(tx)
     reading = InThread(lambda: [rx.recv(LIMIT) for _ in range(filled + 200)])
     for number in range(filled, filled + 200):
@@ -114,6 +120,7 @@ def test_nobody_is_waited_for_in_vain_again_and_again(
     # Nobody sends what waits but the sender itself.
     monkeypatch.setattr(Outlet, "_serve", lambda outlet: True)
     tx, rx = pair
+    _be_patient(tx, monkeypatch)
     sent = 0
     for sent in range(500):
         tx.send(array(sent, SIZE))
