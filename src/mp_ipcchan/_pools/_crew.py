@@ -373,6 +373,8 @@ class Crew:
         for _ in range(len(self._abandoned)):
             task = self._abandoned.popleft()
             if task.future.cancelled():
+                # Said again, under the lock: an assignment may just have found nothing more to drop.
+                self._schedule.any_dropped = True
                 self._drop(task)
                 self._half_cancelled.append(task)
         if self._timed:
